@@ -1,0 +1,362 @@
+"""The collector: takes candles over HTTP, decides what each is, and answers once JetStream has what it accepted.
+
+Everything else of the HTTP surface is in ``actors/gateway``; what a candle is, is decided in ``actors/core/ingest``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from datetime import datetime
+from hashlib import blake2b
+from typing import Any, ClassVar, Final
+
+import msgspec
+from aiohttp import web
+from nats.errors import Error as NatsError
+from nats.js.errors import NotFoundError
+
+from actors import gateway
+from actors.core.ingest import Judged, Payload, PayloadError, Series, block_id, judge, read
+from actors.core.recent import RecentSignals
+from actors.core.timeframe import from_epoch
+from actors.gateway.answers import Check
+from actors.gateway.auth import Guard, check_bind
+from actors.gateway.body import decode_json, read_body
+from actors.gateway.broadcast import Broadcaster
+from actors.gateway.deps import GatewayDeps
+from actors.gateway.problems import HttpProblem, answer, unavailable
+from bus.client import BusUnavailable, Outgoing, outgoing
+from bus.consume import Reader, StreamReplaced
+from bus.store import Store
+from bus.subjects import CANDLES, FORMING, REJECTS, SIGNALS
+from bus.supervise import ConfigurationError, Context, run_tasks
+from bus.telemetry import TRACEPARENT, candles_total, child_traceparent, post_seconds, posts_total, series_gauge
+from schema.messages import (
+    MAX_BLOCK_ROWS,
+    Candle,
+    CandleBlock,
+    FormingCandle,
+    IngestAnswer,
+    Reject,
+    RejectedCandle,
+    Signal,
+)
+from schema.timeframes import canonical
+
+FEW: Final = 3  # up to so many new candles of a series travel one a message, so that repeats cut alike
+REJECTS_A_MESSAGE: Final = 200  # rejected candles kept in one message: well under NATS' 1 MB
+PEERS: Final = ("features", "emitter", "recorder", "trainer")
+PING_WAIT: Final = 0.5
+
+Key = tuple[str, str]
+
+
+class Collector:
+    name: ClassVar[str] = "collector"
+    description: ClassVar[str] = "Takes candles over HTTP and serves signals."
+
+    def __init__(self, ctx: Context) -> None:
+        check_bind(ctx.settings.gateway)
+        self.ctx = ctx
+        self.bus = ctx.bus
+        self.log = ctx.log
+        self.limits = ctx.settings.gateway
+        self.guard = Guard(self.limits)
+        self.broadcaster = Broadcaster(RecentSignals(self.limits.recent_signals))
+        self.series: OrderedDict[Key, Series] = OrderedDict()  # least recently used first
+        self._locks: dict[Key, asyncio.Lock] = {}
+        self._any = msgspec.json.Decoder()
+
+    async def run(self) -> None:
+        url = self.ctx.database_url
+        store = await Store.connect(url, size=self.ctx.settings.database.pool_size, name=self.name) if url else None
+        deps = GatewayDeps(
+            settings=self.ctx.settings,
+            guard=self.guard,
+            broadcaster=self.broadcaster,
+            store=store,
+            ready=lambda: self.bus.connected,
+            checks=self._checks,
+            signals_after=self._signals_after,
+        )
+        app = gateway.application(deps)
+        app.router.add_post("/ingest", self._ingest)
+        runner = gateway.runner(app)
+        await runner.setup()
+        try:
+            try:
+                await web.TCPSite(runner, self.limits.host, self.limits.port, reuse_address=True).start()
+            except OSError as error:
+                raise ConfigurationError(
+                    f"The gateway cannot listen on {self.limits.host}:{self.limits.port} ({error.strerror}): "
+                    "end what listens there, or set MT5_GATEWAY_PORT."
+                ) from error
+            self.ctx.ready()
+            await run_tasks({"collector-signals": self._follow_signals()})
+        finally:
+            await runner.cleanup()
+            if store is not None:
+                await store.close()
+
+    # --- POST /ingest ----------------------------------------------------------------------------------------------
+
+    async def _ingest(self, request: web.Request) -> web.StreamResponse:
+        started = time.perf_counter()
+        status = 500
+        try:
+            response = await self._take(request)
+            status = response.status
+            return response
+        except HttpProblem as problem:
+            status = problem.status
+            raise
+        finally:
+            posts_total.inc(status=str(status))
+            post_seconds.observe(time.perf_counter() - started)
+
+    async def _take(self, request: web.Request) -> web.StreamResponse:
+        body = await read_body(request, self.limits)
+        payload = self._payload(body)
+        self.guard.charge(request, len(payload.candles))
+        keys = _keys(payload)
+        async with AsyncExitStack() as held:
+            for key in keys:
+                await held.enter_async_context(self._locks.setdefault(key, asyncio.Lock()))
+            try:
+                judged = await self._publish(request, payload, keys)
+            except BusUnavailable as error:
+                self.log.warning("candles not stored", action="ingest.unavailable", error=str(error))
+                raise unavailable(
+                    "The candles may or may not be stored: send the same again, which is safe."
+                ) from error
+            finally:
+                self._forget()
+        accepted = sum(len(layer) for layers in judged.layers.values() for layer in layers)
+        for outcome, count in (
+            ("accepted", accepted),
+            ("duplicate", judged.duplicates),
+            ("forming", len(judged.forming)),
+            ("rejected", len(judged.rejected)),
+        ):
+            if count:
+                candles_total.inc(count, outcome=outcome)
+        result = IngestAnswer(
+            received=len(payload.candles),
+            accepted=accepted,
+            duplicates=judged.duplicates,
+            forming=len(judged.forming),
+            rejected=tuple(RejectedCandle(index=index, error=error) for index, error in judged.rejected),
+        )
+        return answer(result, status=200 if accepted or judged.duplicates or judged.forming else 422)
+
+    def _payload(self, body: bytes) -> Payload:
+        try:
+            payload = read(body)
+        except PayloadError as error:
+            raise HttpProblem(422, str(error)) from None
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+            decode_json(body, self._any)  # raises the sentence for what is no JSON
+            raise HttpProblem(400, f"The body is not one JSON document: {error}.") from None
+        if not payload.candles:
+            raise HttpProblem(422, "The body holds no candle: send at least one.")
+        if len(payload.candles) > self.limits.max_candles:
+            raise HttpProblem(
+                413, f"{len(payload.candles):,} candles are over {self.limits.max_candles:,}: send fewer at a time."
+            )
+        return payload
+
+    async def _publish(self, request: web.Request, payload: Payload, keys: Sequence[Key]) -> Judged:
+        """Judges the payload and stores what is closed; what the stream acknowledged is remembered."""
+        await self._learn(keys)
+        now = time.time()
+        judged = judge(payload, now, self.series, self.ctx.settings.symbols)
+        received_at = from_epoch(int(now)).replace(microsecond=int(now % 1 * 1e6))
+        headers = {TRACEPARENT: child_traceparent(request.headers.get(TRACEPARENT))}
+        messages = [
+            message
+            for key, layers in judged.layers.items()
+            for layer in layers
+            for message in _blocks(key, layer, payload, received_at, headers)
+        ]
+        messages += _rejects(payload, judged, received_at, headers)
+        if len(messages) == 1:
+            await self.bus.store(messages[0])
+        elif messages:
+            await self.bus.store_all(messages)
+        for key, layers in judged.layers.items():
+            for layer in layers:
+                self.series[key].remember(layer)
+        for bar in judged.forming:
+            await self.bus.emit(
+                FORMING,
+                FormingCandle(
+                    symbol=bar.symbol, timeframe=bar.timeframe, candle=bar.candle, received_at=received_at
+                ),
+                bar.timeframe,
+                bar.symbol,
+            )
+        return judged
+
+    async def _learn(self, keys: Iterable[Key]) -> None:
+        """What the log says of series that memory does not know: its newest message holds the newest bars."""
+        for key in keys:
+            if key in self.series:
+                self.series.move_to_end(key)
+                continue
+            known = Series()
+            symbol, timeframe = key
+            try:
+                raw = await self.bus.js.get_last_msg(
+                    str(CANDLES.stream), CANDLES.subject(timeframe, symbol), direct=True
+                )
+                known.remember(CANDLES.decode(raw.data or b"").rows)
+            except NotFoundError:
+                pass
+            except (NatsError, TimeoutError) as error:
+                raise BusUnavailable(f"NATS did not say what it holds of {symbol} ({type(error).__name__}).") from error
+            self.series[key] = known
+            series_gauge.set(len(self.series), actor=self.name)
+
+    def _forget(self) -> None:
+        """Bounds the memory: the least recently used series can be learnt again."""
+        while len(self.series) > self.ctx.settings.features.max_series:
+            key, _ = self.series.popitem(last=False)
+            lock = self._locks.get(key)
+            if lock is not None and not lock.locked():
+                del self._locks[key]
+
+    # --- signals ---------------------------------------------------------------------------------------------------
+
+    async def _follow_signals(self) -> None:
+        """Keeps the newest signals in memory, for GET /signals and its stream."""
+        while True:
+            try:
+                await self._follow_once()
+            except StreamReplaced as error:
+                self.log.warning("signals are read anew", action="collector.signals", reason=str(error))
+
+    async def _follow_once(self) -> None:
+        info = await self.bus.js.stream_info(str(SIGNALS.stream))
+        last = info.state.last_seq
+        start = max(info.state.first_seq, last - self.limits.recent_signals + 1, 1)
+        self.broadcaster.reset(start - 1)
+        async with Reader(self.bus, SIGNALS, name=self.name, start=start, batch=512) as reader:
+            if last < start:
+                self.broadcaster.caught_up()
+            async for delivery in reader:
+                self.broadcaster.publish(delivery.stream_seq, delivery.message)
+                if delivery.stream_seq >= last:
+                    self.broadcaster.caught_up()
+
+    async def _signals_after(self, stream_seq: int, most: int) -> list[tuple[int, Signal]]:
+        name = f"{self.name}-resume-{time.monotonic_ns()}"
+        out: list[tuple[int, Signal]] = []
+        try:
+            async with Reader(self.bus, SIGNALS, name=name, start=stream_seq + 1, batch=most) as reader:
+                while len(out) < most and not reader.caught_up:
+                    delivery = await reader.next(timeout=2.0)
+                    out.append((delivery.stream_seq, delivery.message))
+        except (NatsError, TimeoutError) as error:
+            raise BusUnavailable(f"NATS did not answer in time ({type(error).__name__}).") from error
+        return out
+
+    # --- health ----------------------------------------------------------------------------------------------------
+
+    async def _checks(self) -> Mapping[str, Check]:
+        if not self.bus.connected:
+            return {"bus": Check(status="down", detail="NATS is not connected: candles are refused with 503.")}
+        checks = {"bus": Check(status="ok", detail="NATS is connected.")}
+        alive = await asyncio.gather(*(self._pings(peer) for peer in PEERS))
+        for peer, answers in zip(PEERS, alive, strict=True):
+            checks[peer] = (
+                Check(status="ok", detail="Answers.")
+                if answers
+                else Check(status="degraded", detail=f"Does not answer: start it with `mt5 up {peer}`.")
+            )
+        return checks
+
+    async def _pings(self, peer: str) -> bool:
+        try:
+            await self.bus.nc.request(f"$SRV.PING.{peer}", b"", timeout=PING_WAIT)
+        except (NatsError, TimeoutError):
+            return False
+        return True
+
+
+def _keys(payload: Payload) -> list[Key]:
+    """The payload's series, sorted so that two requests take their locks in the same order."""
+    keys: set[Key] = set()
+    for candle in payload.candles:
+        if isinstance(candle, str):
+            continue
+        symbol = candle.symbol if candle.symbol is not None else payload.symbol
+        timeframe = canonical(candle.timeframe or candle.interval or payload.timeframe or "")
+        if symbol and timeframe and symbol.isprintable():
+            keys.add((symbol, timeframe))
+    return sorted(keys)
+
+
+def _blocks(
+    key: Key, rows: Sequence[Candle], payload: Payload, received_at: datetime, headers: Mapping[str, str]
+) -> Iterable[Outgoing]:
+    symbol, timeframe = key
+    size = 1 if len(rows) <= FEW else MAX_BLOCK_ROWS
+    for start in range(0, len(rows), size):
+        part = tuple(rows[start : start + size])
+        yield outgoing(
+            CANDLES,
+            CandleBlock(
+                symbol=symbol,
+                timeframe=timeframe,
+                rows=part,
+                received_at=received_at,
+                history=payload.history,
+                replay=payload.replay,
+                now=from_epoch(payload.gmt_time) if payload.replay and payload.gmt_time is not None else None,
+                source=payload.source,
+                server_time=payload.server_time,
+                ts_source=payload.ts_source,
+            ),
+            timeframe,
+            symbol,
+            msg_id=block_id(symbol, timeframe, part, payload.server_time),
+            headers=headers,
+        )
+
+
+def _rejects(
+    payload: Payload, judged: Judged, received_at: datetime, headers: Mapping[str, str]
+) -> Iterable[Outgoing]:
+    """Rejected candles, whole and with their reasons, a bounded number to a message."""
+    for start in range(0, len(judged.rejected), REJECTS_A_MESSAGE):
+        part = judged.rejected[start : start + REJECTS_A_MESSAGE]
+        kept: list[dict[str, Any]] = [
+            {"index": index, "error": error, "candle": _raw(payload, index)} for index, error in part
+        ]
+        reject = Reject(
+            where="candles",
+            reason=part[0][1] if len(part) == 1 else f"{len(part)} candles: {part[0][1]}, ...",
+            at=received_at,
+            payload={
+                "symbol": payload.symbol,
+                "timeframe": payload.timeframe,
+                "server_time": payload.server_time,
+                "gmt_time": payload.gmt_time,
+                "history": payload.history,
+                "candles": kept,
+            },
+            source=payload.source or "",
+        )
+        mark = blake2b(msgspec.json.encode((reject.payload, reject.source)), digest_size=16).hexdigest()
+        yield outgoing(REJECTS, reject, "candles", msg_id=mark, headers=headers)
+
+
+def _raw(payload: Payload, index: int) -> Any:
+    candle = payload.candles[index]
+    if isinstance(candle, str):
+        return payload.raw[index]
+    return {name: value for name, value in msgspec.to_builtins(candle).items() if value is not None}

@@ -1,0 +1,1 @@
+"""Pure functions and state: values in, values out. No clock, no randomness, no I/O."""

@@ -1,0 +1,415 @@
+"""What a sender's payload holds: its candles read and checked, each forming, closed or rejected with its reason.
+
+Pure: the payload, what is known of its series and the time go in; decisions come out. The rules are those of MT5's
+candles: a bar's time is its open time, and only a bar whose time is over enters the stream.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from hashlib import blake2b
+from typing import Any, Final, Literal
+
+import msgspec
+from msgspec import UNSET, Struct, UnsetType
+
+from actors.core.timeframe import bar_end, from_epoch, on_grid
+from schema.messages import Candle, IngestCandle
+from schema.settings import Symbol
+from schema.timeframes import SECONDS, TIMEFRAMES, canonical
+
+RECENT: Final = 64  # newest bars of a series whose values are remembered to count duplicates
+BELIEVED: Final = 5.0  # seconds that our clock may be behind a bar's end for "closed": true to be believed
+JUMP: Final = 2.0  # a high above twice, or a low under half, of the previous close is a jump
+AGREE: Final = 3  # bars in a row that agree make a jump a split
+SYMBOL_BYTES: Final = 64
+OFFSET_STEP: Final = 900  # brokers' clocks differ from UTC by multiples of 15 minutes
+VOLUME_LIMIT: Final = 2.0**63
+MILLISECONDS_FROM: Final = 100_000_000_000  # epoch seconds reach this in the year 5138
+
+
+class PayloadError(Exception):
+    """The payload as a whole is not one of the accepted shapes."""
+
+
+class Envelope(Struct, frozen=True, kw_only=True):
+    """A payload of several candles: what stands beside them applies to all."""
+
+    items: list[IngestCandle] | None = None
+    candles: list[IngestCandle] | None = None
+    symbol: str | None = None
+    timeframe: str | None = None
+    interval: str | None = None
+    source: str | None = None
+    server_time: int | float | None = None
+    gmt_time: int | float | None = None
+    history: bool = False
+    replay: bool = False
+    open: float | UnsetType = UNSET
+
+
+class Payload(Struct, frozen=True):
+    """A payload taken apart: candles by index, or the reason why one could not be read."""
+
+    candles: list[IngestCandle | str]
+    raw: Any
+    symbol: str | None
+    timeframe: str | None
+    source: str | None
+    server_time: int | None
+    gmt_time: int | None
+    history: bool
+    replay: bool
+
+    @property
+    def offset(self) -> int:
+        """Seconds that the candles' clock is ahead of UTC, from the clock fields; 0 without them."""
+        if self.server_time is None or self.gmt_time is None:
+            return 0
+        return round((self.server_time - self.gmt_time) / OFFSET_STEP) * OFFSET_STEP
+
+    @property
+    def ts_source(self) -> str:
+        return "server" if self.server_time is not None and self.gmt_time is not None else "utc"
+
+
+class Bar(Struct, frozen=True):
+    """A candle of a payload that passed every check, in UTC."""
+
+    index: int
+    symbol: str
+    timeframe: str
+    ts: int
+    end: int
+    candle: Candle
+    closed: bool | None
+
+
+class Series(Struct):
+    """What the gateway knows of a series: its newest closed bar and the values of its newest bars."""
+
+    last_ts: int | None = None
+    last_close: float | None = None
+    sends_forming: bool = False
+    recent: dict[int, int] = {}
+    jumps: list[float] = []  # closes of the newest bars that jumped in a row
+
+    def remember(self, rows: Sequence[Candle]) -> None:
+        """Takes rows that the stream has acknowledged."""
+        for row in rows:
+            ts = int(row.ts.timestamp())
+            self.recent[ts] = digest(row)
+            if self.last_ts is None or ts > self.last_ts:
+                self.last_ts, self.last_close = ts, row.close
+        while len(self.recent) > RECENT:
+            del self.recent[min(self.recent)]
+
+
+Verdict = Literal["closed", "forming", "duplicate"]
+
+
+class Judged(Struct):
+    """A payload's outcome before anything is published. ``layers`` hold ascending rows by series; a second layer
+    holds other values for bars of the first (corrections in one payload)."""
+
+    layers: dict[tuple[str, str], list[list[Candle]]]
+    forming: list[Bar]
+    duplicates: int
+    rejected: list[tuple[int, str]]
+
+
+_LIST: Final = msgspec.json.Decoder(list[IngestCandle])
+_ENVELOPE: Final = msgspec.json.Decoder(Envelope)
+_ANY: Final = msgspec.json.Decoder()
+
+
+def digest(row: Candle) -> int:
+    """A 64-bit fingerprint of a bar's values."""
+    values = struct.pack("<7d", row.open, row.high, row.low, row.close, row.volume, row.spread, row.real_volume)
+    return int.from_bytes(blake2b(values, digest_size=8).digest(), "little")
+
+
+def block_id(symbol: str, timeframe: str, rows: Iterable[Candle], server_time: int | None) -> str:
+    """A message id that hashes series, candle values and the payload's clock, never the time of receipt."""
+    h = blake2b(f"{symbol}\0{timeframe}\0{server_time}".encode(), digest_size=16)
+    for r in rows:
+        h.update(
+            struct.pack(
+                "<8d", r.ts.timestamp(), r.open, r.high, r.low, r.close, r.volume, r.spread, r.real_volume
+            )
+        )
+    return h.hexdigest()
+
+
+def read(body: bytes) -> Payload:
+    """Takes a JSON body apart: one candle, an array, ``items`` or ``candles``.
+
+    Raises:
+        msgspec.DecodeError: the body is not JSON.
+        PayloadError: the body is JSON, but none of the accepted shapes.
+    """
+    try:
+        if body[:1] == b"[" or body.lstrip()[:1] == b"[":
+            return _payload(_LIST.decode(body), Envelope(), None)
+        envelope = _ENVELOPE.decode(body)
+        rows = envelope.items if envelope.items is not None else envelope.candles
+        if rows is not None and envelope.open is UNSET:
+            return _payload(rows, envelope, None)
+    except msgspec.ValidationError:
+        pass
+    # Something does not fit: read it loosely and say for each candle what is wrong.
+    return _read_loosely(_ANY.decode(body))
+
+
+def _payload(rows: Sequence[IngestCandle | str], envelope: Envelope, raw: Any) -> Payload:
+    return Payload(
+        list(rows),
+        raw,
+        envelope.symbol,
+        envelope.timeframe or envelope.interval,
+        envelope.source,
+        None if envelope.server_time is None else int(envelope.server_time),
+        None if envelope.gmt_time is None else int(envelope.gmt_time),
+        envelope.history,
+        envelope.replay,
+    )
+
+
+def _read_loosely(value: Any) -> Payload:
+    if isinstance(value, list):
+        return _payload([_candle(item) for item in value], Envelope(), value)
+    if not isinstance(value, dict):
+        raise PayloadError("The body is neither a candle, an array of candles, nor an object with items or candles.")
+    items = value.get("items", value.get("candles"))
+    if items is None:
+        items, one = [value], True
+        if not {"open", "close", "ts", "time"} & value.keys():
+            raise PayloadError("The body holds no candle: send one, an array, or an object with items or candles.")
+    else:
+        one = False
+    if not isinstance(items, list):
+        raise PayloadError("items (or candles) must be an array of candles.")
+    names = ("symbol", "timeframe", "interval", "source", "server_time", "gmt_time", "history", "replay")
+    try:
+        envelope = msgspec.convert({k: value[k] for k in names if value.get(k) is not None}, Envelope)
+    except msgspec.ValidationError as error:
+        if not one:
+            raise PayloadError(f"Beside the candles: {_plain(error)}.") from error
+        envelope = Envelope()
+    return _payload([_candle(item) for item in items], envelope, items)
+
+
+def _candle(item: Any) -> IngestCandle | str:
+    try:
+        return msgspec.convert(item, IngestCandle)
+    except msgspec.ValidationError as error:
+        return _plain(error)
+
+
+def _plain(error: msgspec.ValidationError) -> str:
+    text, _, path = str(error).partition(" - at `$")
+    where = path.strip("`.")
+    return f"{where}: {text}" if where else text
+
+
+def parse_time(value: str | int | float | None) -> int:
+    """RFC 3339, epoch seconds or epoch milliseconds as epoch seconds; without a zone a time is taken as UTC.
+
+    Raises:
+        ValueError: not a time; the message is the reason shown to the sender.
+    """
+    if value is None:
+        raise ValueError("ts (or time) is missing")
+    if isinstance(value, str):
+        try:
+            moment = datetime.fromisoformat(value.strip())
+        except ValueError:
+            raise ValueError(
+                f"ts {value[:40]!r} is neither RFC 3339 (2025-02-13T01:33:00Z) nor an epoch number"
+            ) from None
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=UTC)
+        seconds = moment.timestamp()
+    else:
+        seconds = value / 1000 if abs(value) >= MILLISECONDS_FROM else float(value)
+    if not seconds.is_integer():
+        raise ValueError("ts is not a whole second: bars open on whole minutes")
+    if seconds < 0:
+        raise ValueError("ts is before 1970")
+    if seconds > 253_402_300_799:
+        raise ValueError("ts is after the year 9999")
+    return int(seconds)
+
+
+def check(candle: IngestCandle, index: int, payload: Payload, symbols: Mapping[str, Symbol]) -> Bar:
+    """One candle checked by itself, in UTC.
+
+    Raises:
+        ValueError: the candle breaks a rule; the message is the reason shown to the sender.
+    """
+    symbol = candle.symbol if candle.symbol is not None else payload.symbol
+    if not symbol:
+        raise ValueError("symbol is missing or empty")
+    if len(symbol.encode(errors="surrogatepass")) > SYMBOL_BYTES:
+        raise ValueError(f"symbol is longer than {SYMBOL_BYTES} bytes")
+    if not symbol.isprintable() or symbol != symbol.strip():
+        raise ValueError("symbol has control characters or outer spaces")
+    named = candle.timeframe or candle.interval or payload.timeframe
+    if named is None:
+        raise ValueError("timeframe is missing")
+    timeframe = canonical(named)
+    if timeframe is None:
+        raise ValueError(f"timeframe {named[:20]!r} is unknown: use one of {', '.join(TIMEFRAMES)}")
+    ts = parse_time(candle.ts if candle.ts is not None else candle.time)
+    if not on_grid(ts, timeframe):
+        raise ValueError(f"ts {from_epoch(ts):%Y-%m-%dT%H:%M:%SZ} is off the grid of {timeframe}")
+    o, h, lo, c = candle.open, candle.high, candle.low, candle.close
+    for name, price in (("open", o), ("high", h), ("low", lo), ("close", c)):
+        if not math.isfinite(price):
+            raise ValueError(f"{name} is not finite")
+        if price <= 0.0 and not ((known := symbols.get(symbol)) and known.allow_non_positive):
+            raise ValueError(f"{name} {price} is not positive")
+    if h < o or h < c:
+        raise ValueError(f"high {h} is below open or close")
+    if lo > o or lo > c:
+        raise ValueError(f"low {lo} is above open or close")
+    volume = candle.tick_volume if candle.tick_volume is not UNSET else candle.volume
+    if volume is UNSET:
+        raise ValueError("volume (or tick_volume) is missing")
+    spread = candle.spread or 0.0
+    real = candle.real_volume or 0.0
+    for name, amount in (("volume", volume), ("spread", spread), ("real_volume", real)):
+        if amount < 0:
+            raise ValueError(f"{name} is negative")
+        if not amount < VOLUME_LIMIT:
+            raise ValueError(f"{name} is not below 2^63")
+    offset = payload.offset
+    row = Candle(
+        ts=from_epoch(ts - offset),
+        open=o,
+        high=h,
+        low=lo,
+        close=c,
+        volume=float(volume),
+        spread=float(spread),
+        real_volume=float(real),
+    )
+    return Bar(index, symbol, timeframe, ts - offset, bar_end(ts, timeframe) - offset, row, candle.closed)
+
+
+def _jumps(bar: Bar, base: float) -> bool:
+    return bar.candle.high > JUMP * base or bar.candle.low < base / JUMP
+
+
+def _agree(a: float, b: float) -> bool:
+    return b / JUMP <= a <= b * JUMP
+
+
+def _is_split(closes: Sequence[float]) -> bool:
+    return len(closes) >= AGREE and all(_agree(a, closes[0]) for a in closes[1:AGREE])
+
+
+def judge(
+    payload: Payload, now: float, series: Mapping[tuple[str, str], Series], symbols: Mapping[str, Symbol]
+) -> Judged:
+    """Decides what each candle of a payload is. ``now`` is our clock (epoch seconds).
+
+    ``series`` holds what is known of the payload's series (missing: nothing). It is not changed, but for
+    ``sends_forming`` and ``jumps``, which describe the sender and not the stream.
+    """
+    out = Judged({}, [], 0, [])
+    groups: dict[tuple[str, str], list[Bar]] = {}
+    for index, candle in enumerate(payload.candles):
+        if isinstance(candle, str):
+            out.rejected.append((index, candle))
+            continue
+        try:
+            bar = check(candle, index, payload, symbols)
+        except ValueError as error:
+            out.rejected.append((index, str(error)))
+            continue
+        groups.setdefault((bar.symbol, bar.timeframe), []).append(bar)
+    clock = _clock(payload, now)
+    for key, bars in groups.items():
+        bars.sort(key=lambda bar: bar.ts)
+        _judge_series(key, bars, clock, now, series.get(key) or Series(), symbols, out)
+    out.rejected.sort()
+    return out
+
+
+class _Clock(Struct, frozen=True):
+    """The now by which bars are judged (UTC epoch seconds); None: each bar's own end. ``sender``: it is the sender's."""
+
+    now: float | None
+    sender: bool
+
+
+def _clock(payload: Payload, now: float) -> _Clock:
+    if payload.replay:
+        return _Clock(None if payload.gmt_time is None else float(payload.gmt_time), True)
+    if payload.server_time is not None:
+        return _Clock(float(payload.server_time - payload.offset), True)
+    return _Clock(now, False)
+
+
+def _judge_series(
+    key: tuple[str, str],
+    bars: list[Bar],
+    clock: _Clock,
+    now: float,
+    known: Series,
+    symbols: Mapping[str, Symbol],
+    out: Judged,
+) -> None:
+    length = SECONDS[key[1]]
+    newest = max(bars[-1].ts, known.last_ts or 0)
+    layers: list[list[Candle]] = []
+    fingerprints: dict[int, set[int]] = {}
+    previous = known.last_close
+    non_positive = (found := symbols.get(key[0])) is not None and found.allow_non_positive
+    for at, bar in enumerate(bars):
+        judged_at = bar.end if clock.now is None else clock.now
+        if bar.ts - judged_at > length:
+            out.rejected.append((bar.index, "ts is more than one bar in the future"))
+            continue
+        if not _is_closed(bar, newest, judged_at, clock.sender, now, known):
+            known.sends_forming = True
+            out.forming.append(bar)
+            continue
+        mark = digest(bar.candle)
+        seen = fingerprints.setdefault(bar.ts, set())
+        if mark in seen or (not seen and known.recent.get(bar.ts) == mark):
+            out.duplicates += 1
+            continue
+        later = known.last_ts is None or bar.ts > known.last_ts
+        if later and previous is not None and previous > 0 and not non_positive and _jumps(bar, previous):
+            ahead = [b.candle.close for b in bars[at : at + AGREE]]
+            known.jumps = [*known.jumps[-AGREE:], bar.candle.close]
+            if not _is_split(ahead) and not _is_split(known.jumps[-AGREE:]):
+                out.rejected.append((bar.index, f"price jumps from {previous} (over twice, or under half)"))
+                continue
+        if later:
+            previous = bar.candle.close
+            known.jumps = []
+        depth = len(seen)
+        seen.add(mark)
+        while len(layers) <= depth:
+            layers.append([])
+        layers[depth].append(bar.candle)
+    if layers:
+        out.layers[key] = layers
+
+
+def _is_closed(bar: Bar, newest: int, judged_at: float, sender_clock: bool, now: float, known: Series) -> bool:
+    if bar.closed is False:
+        return False
+    if bar.closed and bar.end - (judged_at if sender_clock else now) <= BELIEVED:
+        return True
+    if bar.ts < newest:
+        return True
+    if sender_clock:
+        return judged_at >= bar.end
+    return not known.sends_forming and judged_at >= bar.end

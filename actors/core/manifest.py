@@ -1,0 +1,88 @@
+"""What a version of a model is, in writing: its files and their hashes, its inputs, where it came from, what it is worth.
+
+Light on purpose: actors that only handle models import neither numpy nor ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+from typing import Any, Final
+
+from msgspec import Struct
+
+from schema.messages import UtcTime
+
+ONNX_FILE: Final = "model.onnx"
+PICKLE_FILE: Final = "model.pkl"
+MANIFEST_FILE: Final = "manifest.json"
+
+
+class ModelFile(Struct, frozen=True, kw_only=True):
+    """One artifact: its SHA-256 in hex and its size in bytes."""
+
+    sha256: str
+    size: int
+
+
+class Manifest(Struct, frozen=True, kw_only=True):
+    """What ``manifest.json`` says of a version; ``report`` holds the training's figures in full.
+
+    ``threshold`` None: no edge was found. ``max_spread`` is in points by symbol, None where spreads are unknown.
+    ``expires_at`` is in market time.
+    """
+
+    name: str
+    version: str
+    timeframe: str
+    created_at: UtcTime
+    files: dict[str, ModelFile]
+    libraries: dict[str, str]
+    feature_set: str
+    inputs: tuple[str, ...]
+    symbols: tuple[str, ...]
+    first_ts: UtcTime
+    last_ts: UtcTime
+    rows: int
+    expires_at: UtcTime
+    threshold: float | None = None
+    max_spread: dict[str, float | None] = {}
+    report: dict[str, Any] = {}
+
+
+def version_name(created_at: datetime, graph: bytes) -> str:
+    """Sorts by time: ``20260131T235900Z-1a2b3c4d``, the graph's hash at its end."""
+    return f"{created_at.astimezone(UTC):%Y%m%dT%H%M%SZ}-{sha256(graph).hexdigest()[:8]}"
+
+
+def build_manifest(
+    report: Mapping[str, Any],
+    files: Mapping[str, bytes],
+    *,
+    name: str,
+    version: str,
+    timeframe: str,
+    created_at: datetime,
+    expire_days: int,
+) -> Manifest:
+    """The manifest of a trained version; ``files`` are its artifacts by name."""
+    last = datetime.fromtimestamp(report["last_ts"], UTC)
+    return Manifest(
+        name=name,
+        version=version,
+        timeframe=timeframe,
+        created_at=created_at,
+        files={file: ModelFile(sha256=sha256(data).hexdigest(), size=len(data)) for file, data in files.items()},
+        libraries=report["libraries"],
+        feature_set=report["feature_set"],
+        inputs=tuple(report["inputs"]),
+        symbols=tuple(report["symbols"]),
+        first_ts=datetime.fromtimestamp(report["first_ts"], UTC),
+        last_ts=last,
+        rows=report["rows"],
+        expires_at=last + timedelta(days=expire_days),
+        threshold=report["threshold"],
+        max_spread=report["max_spread"],
+        report=dict(report),
+    )

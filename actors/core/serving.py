@@ -1,0 +1,235 @@
+"""A model in service: one row to one probability, and one probability to one signal, as pure functions.
+
+Rows are always asked one at a time: a graph run on a batch may add in another order, and then a bar's signal would
+depend on how its block was cut.
+"""
+
+from __future__ import annotations
+
+import math
+from datetime import datetime
+from hashlib import blake2b, sha256
+from struct import Struct as Packer
+from typing import Final, NamedTuple
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from actors.core.inputs import FEATURE_SETS, FeatureSet
+from actors.core.manifest import MANIFEST_FILE, ONNX_FILE, Manifest
+from schema.messages import Abstain, CandleBlock, FeatureBlock, FeatureRow, Label, ModelState, Signal
+
+__all__ = [  # the manifest's names too: who serves needs both
+    "MANIFEST_FILE",
+    "ONNX_FILE",
+    "Decision",
+    "Manifest",
+    "ModelRefused",
+    "OnnxModel",
+    "ServedModel",
+    "build_signal",
+    "decide",
+    "expires_at",
+    "features_hash",
+    "judged_at",
+    "signal_id",
+]
+
+_HASHED: Final = Packer("<q10d")
+
+
+class ModelRefused(ValueError):
+    """A version that must not serve; the message says why and what to do."""
+
+
+class OnnxModel:
+    """A graph in ONNX Runtime on one thread: ``inputs`` float32 ``(1, width)`` to ``prob_up``."""
+
+    def __init__(self, graph: bytes, width: int) -> None:
+        """Raises ModelRefused where the bytes are no graph of this shape."""
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.inter_op_num_threads = 1
+        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+        options.enable_cpu_mem_arena = False
+        options.log_severity_level = 3
+        try:
+            self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises its own classes, which share no base but Exception
+            raise ModelRefused(f"{ONNX_FILE} cannot be loaded ({type(error).__name__}): train again.") from error
+        shapes = {i.name: i.shape for i in self._session.get_inputs()}
+        outputs = [o.name for o in self._session.get_outputs()]
+        if list(shapes) != ["inputs"] or shapes["inputs"][-1] != width or outputs != ["prob_up"]:
+            raise ModelRefused(f"{ONNX_FILE} does not map {width} inputs to prob_up: train again.")
+
+    def prob_up(self, inputs: NDArray[np.float32]) -> float:
+        """The calibrated probability of a rise; exactly one row."""
+        if len(inputs) != 1:
+            raise ValueError(f"one row at a time, got {len(inputs)}")
+        return float(self._session.run(("prob_up",), {"inputs": inputs})[0][0])
+
+
+class ServedModel:
+    """A verified version: its manifest, its graph and the feature set that feeds it."""
+
+    def __init__(self, manifest: Manifest, graph: bytes) -> None:
+        """Checks the graph against the manifest.
+
+        Raises:
+            ModelRefused: another SHA-256, an unknown feature set or a graph of another shape.
+        """
+        expected = manifest.files.get(ONNX_FILE)
+        if expected is None or sha256(graph).hexdigest() != expected.sha256:
+            raise ModelRefused(
+                f"{ONNX_FILE} of {manifest.name} {manifest.version} is not the one its manifest names: train again."
+            )
+        feature_set = FEATURE_SETS.get(manifest.feature_set)
+        if feature_set is None or feature_set.inputs != manifest.inputs:
+            raise ModelRefused(
+                f"{manifest.name} {manifest.version} needs the feature set {manifest.feature_set}, "
+                f"which this release does not know ({', '.join(FEATURE_SETS)}): train again or upgrade."
+            )
+        self.manifest = manifest
+        self.feature_set: FeatureSet = feature_set
+        self._onnx = OnnxModel(graph, len(manifest.inputs))
+
+    def prob_up(self, symbol: str, row: FeatureRow) -> float | None:
+        """None where the row is not ready, its inputs are undefined, or the model was not trained on the symbol."""
+        if symbol not in self.manifest.symbols:
+            return None
+        inputs = self.feature_set.of_row(row)
+        return None if inputs is None else self._onnx.prob_up(inputs)
+
+
+# --- decisions ---------------------------------------------------------------------------------------------------
+
+
+class Decision(NamedTuple):
+    """A signal's judgement; ``label`` is 0 whenever ``abstain`` is not None."""
+
+    prob_up: float | None
+    label: Label
+    threshold: float | None
+    abstain: Abstain | None
+
+
+def judged_at(block: CandleBlock | FeatureBlock, bar_end: datetime) -> datetime:
+    """When a bar's age is judged: the receipt; in a replay its now, or without one the bar's own end (never stale)."""
+    if not block.replay:
+        return block.received_at
+    return block.now if block.now is not None else bar_end
+
+
+def expires_at(ts: datetime, bar_end: datetime) -> datetime:
+    """The bar's end plus one bar."""
+    return bar_end + (bar_end - ts)
+
+
+def decide(
+    row: FeatureRow,
+    symbol: str,
+    prob_up: float | None,
+    manifest: Manifest | None,
+    state: ModelState | None,
+    *,
+    judged_at: datetime,
+    expires_at: datetime,
+) -> Decision:
+    """From a probability to a label, or to the first reason that forbids one.
+
+    ``prob_up`` None with a model that knows the symbol means that the row's inputs are undefined: ``warming``.
+    """
+    if not row.ready:
+        return Decision(None, 0, None, "warming")
+    if manifest is None or symbol not in manifest.symbols:
+        return Decision(None, 0, None, "no_model")
+    if prob_up is None:
+        return Decision(None, 0, manifest.threshold, "warming")
+    threshold = manifest.threshold
+    limit = manifest.max_spread.get(symbol)
+    reason: Abstain | None = None
+    if state == "provisional":
+        reason = "unproven"
+    elif threshold is None:
+        reason = "no_edge"
+    elif judged_at > expires_at:
+        reason = "stale_feed"
+    elif limit is not None and row.spread > limit:
+        reason = "spread"
+    elif row.ts > manifest.expires_at:
+        reason = "model_expired"
+    if reason is not None or threshold is None:
+        return Decision(prob_up, 0, threshold, reason)
+    label: Label = 1 if prob_up >= threshold else -1 if prob_up <= 1.0 - threshold else 0
+    return Decision(prob_up, label, threshold, None)
+
+
+# --- signals -----------------------------------------------------------------------------------------------------
+
+
+def features_hash(symbol: str, timeframe: str, row: FeatureRow) -> str:
+    """BLAKE2b-128 in hex over series, open time and the features that a signal may depend on.
+
+    ``fwd_ret_5`` is excluded: it is the future. So are the candle's other prices and its revision: where they change
+    no feature, the signal stands. Null is hashed as one fixed NaN.
+    """
+    nan = math.nan
+    digest = blake2b(f"{symbol}\0{timeframe}\0{'ready' if row.ready else 'warming'}\0".encode(), digest_size=16)
+    digest.update(
+        _HASHED.pack(
+            round(row.ts.timestamp()),
+            row.close,
+            row.volume,
+            row.spread,
+            nan if row.rsi is None else row.rsi,
+            nan if row.macd is None else row.macd,
+            nan if row.macd_signal is None else row.macd_signal,
+            nan if row.macd_hist is None else row.macd_hist,
+            nan if row.atr is None else row.atr,
+            nan if row.ma60 is None else row.ma60,
+            nan if row.ret_1 is None else row.ret_1,
+        )
+    )
+    return digest.hexdigest()
+
+
+def signal_id(symbol: str, timeframe: str, ts: datetime, model_version: str | None, features_hash: str) -> str:
+    """BLAKE2b-128 in hex: the same bar, model and features give the same id, live and in any replay."""
+    text = f"{symbol}\0{timeframe}\0{round(ts.timestamp())}\0{model_version or ''}\0{features_hash}"
+    return blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def build_signal(
+    *,
+    symbol: str,
+    timeframe: str,
+    row: FeatureRow,
+    decision: Decision,
+    model_name: str,
+    model_version: str | None,
+    candles_seq: int,
+    expires_at: datetime,
+    created_at: datetime,
+    supersedes: str | None = None,
+) -> Signal:
+    """The signal of one row; only ``created_at`` comes from a clock."""
+    digest = features_hash(symbol, timeframe, row)
+    return Signal(
+        id=signal_id(symbol, timeframe, row.ts, model_version, digest),
+        ts=row.ts,
+        symbol=symbol,
+        timeframe=timeframe,
+        model_name=model_name,
+        model_version=model_version,
+        threshold=decision.threshold,
+        prob_up=decision.prob_up,
+        label=decision.label,
+        abstain=decision.abstain,
+        candle_revision=row.revision,
+        candles_seq=candles_seq,
+        features_hash=digest,
+        created_at=created_at,
+        expires_at=expires_at,
+        supersedes=supersedes,
+    )

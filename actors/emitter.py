@@ -1,0 +1,250 @@
+"""The signal emitter: reads FEATURES in order, asks the model that serves, publishes one signal a closed candle.
+
+Which model serves a candle is a matter of record: an activation names the first CANDLES sequence that a version
+serves, it is stored before the version speaks, and a replay reads it back. ``created_at`` alone comes from the clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import UTC, datetime
+from typing import ClassVar, Final
+
+import msgspec
+from msgspec import Struct
+from nats.js.errors import NotFoundError
+
+from actors.core.manifest import MANIFEST_FILE, ONNX_FILE, Manifest
+from actors.core.serving import ModelRefused, ServedModel, build_signal, decide, expires_at, judged_at
+from actors.core.timeframe import end_time
+from bus.client import Outgoing, outgoing
+from bus.consume import Delivery, Done, Outcome, Reader, consume, find, last_message
+from bus.subjects import FEATURES, MODELS, SIGNALS
+from bus.supervise import Context, run_tasks
+from bus.telemetry import cursor_lag, cursor_lag_seconds, signal_seconds, signals_total, trace_headers
+from bus.topology import model_name
+from schema.messages import FeatureBlock, FeatureRow, ModelEvent, ModelState, Signal
+
+# Signals read back at the start. Publishes overlap by at most bus.client.MAX_IN_FLIGHT, so the resume point lies this
+# far before the newest and everything before it is known to be whole.
+READ_BACK: Final = 2_048
+RESUME_BACK: Final = 1_024
+
+
+class Activation(Struct, frozen=True):
+    """From ``from_seq`` on (a CANDLES sequence) ``model`` serves its timeframe, in ``state``."""
+
+    from_seq: int
+    version: str
+    state: ModelState
+    model: ServedModel
+
+
+class Emitter:
+    name: ClassVar[str] = "emitter"
+    description: ClassVar[str] = "Turns features into signals with the model that serves."
+
+    def __init__(self, ctx: Context) -> None:
+        self.ctx = ctx
+        self.bus = ctx.bus
+        self.log = ctx.log
+        self.active: dict[str, list[Activation]] = {}  # by timeframe, in the order of their activation
+        self.handled = 0  # CANDLES sequence up to which every signal is published
+        self._done = 0  # the newest candles_seq that this run has read; never ahead of the stream, as handled may be
+        self._said: set[str] = set()  # ids published before this run began, near its resume point
+        self._said_until = 0
+        self._gate = asyncio.Lock()  # a batch of features and an activation exclude each other
+        self._models: dict[tuple[str, str], ServedModel] = {}
+
+    async def run(self) -> None:
+        resume = await self._read_back()
+        start = await find(self.bus, FEATURES, resume)
+        self.handled = max(resume - 1, 0)
+        async with Reader(self.bus, MODELS, name=f"{self.name}-models", start=1) as models:
+            pending = await self._load_activations(models, resume)
+            async with Reader(self.bus, FEATURES, name=self.name, start=start) as reader:
+                for event in pending:
+                    await self._catch_up(reader)
+                    await self._activate(event)
+                self.ctx.ready()
+                await run_tasks(
+                    {
+                        "emitter-consume": consume(reader, self._handle, committed=self._committed, gate=self._gate),
+                        "emitter-models": self._follow(models),
+                    }
+                )
+
+    # --- start-up --------------------------------------------------------------------------------------------------
+
+    async def _read_back(self) -> int:
+        """Remembers the newest signals' ids and returns the CANDLES sequence to resume at."""
+        tail = await last_message(self.bus, SIGNALS)
+        if tail is None:
+            return 1
+        last_seq = tail[0]
+        sequences: list[int] = []
+        async with Reader(
+            self.bus, SIGNALS, name=f"{self.name}-tail", start=max(1, last_seq - READ_BACK + 1), batch=512
+        ) as reader:
+            async for delivery in reader:
+                self._said.add(delivery.message.id)
+                sequences.append(delivery.message.candles_seq)
+                if delivery.stream_seq >= last_seq:
+                    break
+        self._said_until = max(sequences)
+        return min(sequences[-RESUME_BACK:])
+
+    async def _load_activations(self, models: Reader[ModelEvent], resume: int) -> list[ModelEvent]:
+        """Reads the models' whole past; returns the releases that nobody answered yet."""
+        activated: dict[str, list[ModelEvent]] = {}
+        waiting: dict[tuple[str, str], ModelEvent] = {}
+        try:
+            last = int((await self.bus.js.get_last_msg(models.stream, MODELS.wildcard)).seq or 0)
+        except NotFoundError:
+            return []
+        while models.position < last:
+            event = (await models.next()).message
+            key = (event.model_name, event.version)
+            if event.event == "released":
+                waiting[key] = event
+            elif event.event in ("activated", "refused"):
+                waiting.pop(key, None)
+                if event.event == "activated":
+                    activated.setdefault(event.timeframe, []).append(event)
+        for timeframe, events in activated.items():
+            # What served before the resume point is history, but for the one that still serves there.
+            first = max((i for i, e in enumerate(events) if (e.from_seq or 0) <= resume), default=0)
+            for event in events[first:]:
+                model = await self._load(event)
+                self.active.setdefault(timeframe, []).append(
+                    Activation(event.from_seq or 0, event.version, event.state, model)
+                )
+        return list(waiting.values())
+
+    async def _catch_up(self, reader: Reader[FeatureBlock]) -> None:
+        # An activation counts from the newest candle that was handled; at the start that is the resume point, and
+        # candles between it and the stream's end may already have signals of the model before.
+        self.handled = max(self.handled, self._said_until)
+        tail = await last_message(self.bus, FEATURES)
+        if tail is not None:
+            self.handled = max(self.handled, tail[1].candles_seq)
+
+    # --- models ----------------------------------------------------------------------------------------------------
+
+    async def _load(self, event: ModelEvent) -> ServedModel:
+        """A version from the object store, verified. Raises ModelRefused."""
+        key = (event.model_name, event.version)
+        known = self._models.get(key)
+        if known is not None:
+            return known
+        folder = f"{event.model_name}/{event.version}"
+        try:
+            manifest = msgspec.json.decode(await self.bus.get_object(f"{folder}/{MANIFEST_FILE}"), type=Manifest)
+            graph = await self.bus.get_object(f"{folder}/{ONNX_FILE}")
+        except KeyError as error:
+            raise ModelRefused(f"{error.args[0]} is not in the object store: train again.") from error
+        except msgspec.DecodeError as error:
+            raise ModelRefused(f"{MANIFEST_FILE} of {event.version} cannot be read ({error}): train again.") from error
+        # Parsing a graph takes some 100 ms: beside the loop, so that no candle waits for it.
+        model = await asyncio.to_thread(ServedModel, manifest, graph)
+        self._models[key] = model
+        return model
+
+    async def _follow(self, models: Reader[ModelEvent]) -> None:
+        async for delivery in models:
+            event = delivery.message
+            if event.event == "released":
+                await self._activate(event)
+
+    async def _activate(self, event: ModelEvent) -> None:
+        """Loads a released version and lets it serve from the next candle on; the record is stored first."""
+        try:
+            model = await self._load(event)
+        except ModelRefused as error:
+            self.log.error("model refused", action="emitter.refused", version=event.version, reason=str(error))
+            await self._answer(event, "refused", None, str(error))
+            return
+        async with self._gate:
+            from_seq = self.handled + 1
+            await self._answer(event, "activated", from_seq, event.reason)
+            serving = self.active.setdefault(event.timeframe, [])
+            serving.append(Activation(from_seq, event.version, event.state, model))
+        while len(serving) > 1 and serving[1].from_seq <= self._done + 1:
+            del serving[0]  # no candle will ask for it again
+        keep = {(a.model.manifest.name, a.version) for rows in self.active.values() for a in rows}
+        self._models = {key: model for key, model in self._models.items() if key in keep}
+        self.log.info(
+            "model serves", action="emitter.activated", version=event.version, state=event.state, from_seq=from_seq
+        )
+
+    async def _answer(self, event: ModelEvent, what: str, from_seq: int | None, reason: str) -> None:
+        answer = msgspec.structs.replace(
+            event, event=what, from_seq=from_seq, reason=reason, at=datetime.now(UTC), by=self.name
+        )
+        message = outgoing(
+            MODELS,
+            answer,
+            event.model_name,
+            msg_id=f"{what}:{event.version}:{event.state}:{event.at.timestamp()}",
+        )
+        await self.bus.publish_many([message])
+
+    def _serving(self, timeframe: str, candles_seq: int) -> Activation | None:
+        for activation in reversed(self.active.get(timeframe, ())):
+            if activation.from_seq <= candles_seq:
+                return activation
+        return None
+
+    # --- the stream ------------------------------------------------------------------------------------------------
+
+    async def _handle(self, delivery: Delivery[FeatureBlock]) -> Outcome:
+        block = delivery.message
+        if block.history:
+            return Done()
+        activation = self._serving(block.timeframe, block.candles_seq)
+        now = datetime.now(UTC)
+        headers = trace_headers(delivery.headers)
+        out: list[Outgoing] = []
+        for row in block.rows:
+            signal = self._signal(block, row, activation, now)
+            if block.candles_seq <= self._said_until and signal.id in self._said:
+                continue
+            signals_total.inc(abstain=signal.abstain or "none")
+            out.append(outgoing(SIGNALS, signal, block.timeframe, block.symbol, msg_id=signal.id, headers=headers))
+        if len(block.rows) == 1 and not block.replay:
+            signal_seconds.observe((now - block.received_at).total_seconds())
+        return Done(tuple(out))
+
+    def _signal(self, block: FeatureBlock, row: FeatureRow, activation: Activation | None, now: datetime) -> Signal:
+        end = end_time(row.ts, block.timeframe)
+        expires = expires_at(row.ts, end)
+        model = activation.model if activation is not None else None
+        decision = decide(
+            row,
+            block.symbol,
+            model.prob_up(block.symbol, row) if model is not None else None,
+            model.manifest if model is not None else None,
+            activation.state if activation is not None else None,
+            judged_at=judged_at(block, end),
+            expires_at=expires,
+        )
+        return build_signal(
+            symbol=block.symbol,
+            timeframe=block.timeframe,
+            row=row,
+            decision=decision,
+            model_name=model_name(block.timeframe),
+            model_version=activation.version if activation is not None else None,
+            candles_seq=block.candles_seq,
+            expires_at=expires,
+            created_at=now,
+        )
+
+    def _committed(self, delivery: Delivery[FeatureBlock]) -> None:
+        self._done = delivery.message.candles_seq
+        self.handled = max(self.handled, self._done)
+        if self._said and self._done > self._said_until:
+            self._said.clear()
+        cursor_lag.set(delivery.pending, actor=self.name)
+        cursor_lag_seconds.set(max(0.0, time.time() - delivery.stored_at), actor=self.name)

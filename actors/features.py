@@ -1,0 +1,326 @@
+"""The feature calculator: reads CANDLES in order, owns every series' state, publishes FEATURES.
+
+It is the one place that decides which version of a bar counts. Start-up is recovery: snapshots, then the log from the
+cursor on; where the derived stream ends earlier than the cursor, or a snapshot is missing or too new, everything is
+computed again from the log (and, where the log no longer reaches back, from the archive).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import OrderedDict
+from typing import ClassVar, Final
+
+import msgspec
+from nats.errors import Error as NatsError
+from nats.js.errors import APIError, KeyNotFoundError, NoKeysError, NotFoundError
+from nats.js.kv import KeyValue
+
+from actors.core.series import Change, History, SeriesState, append, split
+from bus.client import Outgoing, outgoing
+from bus.consume import Delivery, Done, Outcome, Reader, StreamReplaced, consume, last_message
+from bus.store import Store
+from bus.subjects import CANDLES, FEATURE_STATE, FEATURES, key_token
+from bus.supervise import Context, run_tasks
+from bus.telemetry import (
+    cursor_lag,
+    cursor_lag_seconds,
+    feature_rebuilds_total,
+    feature_rows_total,
+    series_gauge,
+    trace_headers,
+)
+from schema.messages import MAX_BLOCK_ROWS, CandleBlock, FeatureBlock
+
+CURSOR_KEY: Final = "cursor.0"
+HISTORY_BARS: Final = 1_000_000  # bars of recomputed series kept in memory, all series together (64 MB)
+SNAPSHOT_CHUNK: Final = 32  # snapshots encoded between two batches, so that none of them delays a candle
+ARCHIVE_PATIENCE: Final = 60.0
+
+
+class Cursor(msgspec.Struct, frozen=True):
+    """Where the snapshots stand: every message up to ``seq`` is applied; ``made`` is the newest that made features."""
+
+    seq: int = 0
+    made: int = 0
+
+
+class TooManySeries(Exception):
+    """More series than ``[features] max_series``: raise the limit or send fewer symbols."""
+
+
+class Features:
+    name: ClassVar[str] = "features"
+    description: ClassVar[str] = "Turns closed candles into features, incrementally."
+
+    def __init__(self, ctx: Context) -> None:
+        self.ctx = ctx
+        self.bus = ctx.bus
+        self.log = ctx.log
+        self.states: dict[str, SeriesState] = {}  # by subject
+        self.histories: OrderedDict[str, History] = OrderedDict()  # least recently used first
+        self.handled = 0  # CANDLES sequence up to which every message is applied and its features are published
+        self.made = 0  # the newest CANDLES sequence that made features: FEATURES must reach as far
+        self.whole = 0  # FEATURES held everything up to here when this run began: not published again
+        self.first_seq = 1  # the log's first sequence when this run began
+        self.restored = True  # states come from snapshots, so that an unknown subject is a new series
+        self._making = 0
+        self._run = ""  # tells the message ids of a rebuild from those of the run whose messages were lost
+        self._stored = Cursor()
+        self._dirty: set[str] = set()
+        self._gate = asyncio.Lock()  # held while a batch is in hand: states are whole and published only between two
+        self._store: Store | None = None
+
+    async def run(self) -> None:
+        start = await self._recover()
+        async with Reader(self.bus, CANDLES, name=self.name, start=start) as reader:
+            reconnected = asyncio.Event()
+            forget = self.bus.on_reconnect(reconnected.set)
+            self.ctx.ready()
+            try:
+                await run_tasks(
+                    {
+                        "features-consume": consume(reader, self._handle, committed=self._committed, gate=self._gate),
+                        "features-snapshot": self._snapshots(),
+                        "features-check": self._check(reconnected),
+                    }
+                )
+            finally:
+                forget()
+                if self.bus.connected:
+                    with contextlib.suppress(TimeoutError, NatsError, APIError):
+                        async with asyncio.timeout(2.0):
+                            await self._snapshot()
+                if self._store is not None:
+                    await self._store.close()
+
+    # --- start-up --------------------------------------------------------------------------------------------------
+
+    async def _recover(self) -> int:
+        """Loads what is known and returns the stream sequence to read on from."""
+        kv = await self.bus.js.key_value(FEATURE_STATE)
+        info = await self.bus.js.stream_info(str(CANDLES.stream))
+        last, self.first_seq = info.state.last_seq, max(info.state.first_seq, 1)
+        tail = await last_message(self.bus, FEATURES)
+        if tail is not None:
+            block = tail[1]
+            # A recomputation whose last part is missing is published again from its first.
+            self.whole = block.candles_seq if block.part == block.parts else block.candles_seq - 1
+        cursor = await self._load_cursor(kv)
+        states = await self._load_states(kv)
+        reason = None
+        if cursor.seq > last or any(state.seq > last for state in states.values()):
+            reason = f"a snapshot is newer than the log, which ends at {last}"
+            self.whole = min(self.whole, last)
+        elif self.whole < cursor.made and self.first_seq <= cursor.made:
+            reason = f"FEATURES ends at {self.whole} instead of {cursor.made}"
+        elif cursor.seq and (missing := await self._without_snapshot(states, cursor.seq)):
+            reason = f"{missing} has no snapshot"
+        if reason is not None:
+            self.log.warning("series are computed again from the log", action="features.rebuild", reason=reason)
+            states, cursor, self.restored = {}, Cursor(), False
+            # What was lost goes out under new ids: the stream may still know the old ones and drop them as repeats.
+            self._run = f":{tail[0] if tail is not None else 0}"
+        self.states, self.handled = states, cursor.seq
+        self.made = self._making = self.whole
+        series_gauge.set(len(self.states), actor=self.name)
+        return max(cursor.seq + 1, self.first_seq)
+
+    async def _load_cursor(self, kv: KeyValue) -> Cursor:
+        try:
+            entry = await kv.get(CURSOR_KEY)
+        except (KeyNotFoundError, NotFoundError):
+            self.restored = False
+            return Cursor()
+        return msgspec.json.decode(entry.value or b"{}", type=Cursor)
+
+    async def _load_states(self, kv: KeyValue) -> dict[str, SeriesState]:
+        try:
+            keys = await kv.keys()
+        except NoKeysError:
+            return {}
+        states: dict[str, SeriesState] = {}
+        decoder = msgspec.json.Decoder(SeriesState)
+        for key in keys:
+            if key.startswith("cursor."):
+                continue
+            entry = await kv.get(key)
+            state = decoder.decode(entry.value or b"")
+            states[CANDLES.subject(state.timeframe, state.symbol)] = state
+        return states
+
+    async def _without_snapshot(self, states: dict[str, SeriesState], cursor: int) -> str | None:
+        """A subject whose first message lies at or before the cursor although no snapshot knows it."""
+        info = await self.bus.js.stream_info(str(CANDLES.stream), subjects_filter=CANDLES.wildcard)
+        for subject in info.state.subjects or {}:
+            if subject not in states:
+                message = await self.bus.js.get_msg(
+                    str(CANDLES.stream), seq=1, subject=subject, next=True, direct=True
+                )
+                if int(message.seq or 0) <= cursor:
+                    return subject
+        return None
+
+    # --- the stream ------------------------------------------------------------------------------------------------
+
+    async def _handle(self, delivery: Delivery[CandleBlock]) -> Outcome:
+        block, seq = delivery.message, delivery.stream_seq
+        state = await self._state(delivery.subject, block)
+        if seq <= state.seq:
+            return Done()
+        change = await self._change(delivery.subject, state, block, seq)
+        state.seq = seq
+        self._dirty.add(delivery.subject)
+        if seq <= self.whole or (not change.rows and not change.fills):
+            return Done()
+        self._making = seq
+        feature_rows_total.inc(len(change.rows))
+        return Done(_messages(block, seq, change, delivery, self._run))
+
+    def _committed(self, delivery: Delivery[CandleBlock]) -> None:
+        self.handled, self.made = delivery.stream_seq, max(self.made, self._making)
+        cursor_lag.set(delivery.pending, actor=self.name)
+        cursor_lag_seconds.set(max(0.0, time.time() - delivery.stored_at), actor=self.name)
+
+    async def _state(self, subject: str, block: CandleBlock) -> SeriesState:
+        state = self.states.get(subject)
+        if state is None:
+            if len(self.states) >= self.ctx.settings.features.max_series:
+                raise TooManySeries(f"{subject} is one series more than [features] max_series allows.")
+            state = SeriesState(block.symbol, block.timeframe)
+            if self.first_seq > 1 and not self.restored:
+                # The log no longer reaches back to this series' first bar: the archive does.
+                history = await self._archived(block.symbol, block.timeframe)
+                if len(history):
+                    history.recompute(state, len(history))
+            self.states[subject] = state
+            series_gauge.set(len(self.states), actor=self.name)
+        return state
+
+    async def _change(self, subject: str, state: SeriesState, block: CandleBlock, seq: int) -> Change:
+        history = self.histories.get(subject)
+        fresh, older = split(state, block.rows)
+        if not older:
+            if history is not None and history.seq < seq:
+                history.apply(fresh)
+                history.seq = seq
+            return append(state, fresh) if fresh else Change([], [])
+        if history is None:
+            history = await self._history(subject, block, seq)
+        else:
+            self.histories.move_to_end(subject)
+        changed = history.apply(block.rows)
+        history.seq = seq
+        if changed is None:
+            return Change([], [])
+        last = state.features.last_ts
+        if last is not None and history.ts[changed] > last:
+            return append(state, fresh)  # the older rows were repeats
+        feature_rebuilds_total.inc()
+        return await asyncio.get_running_loop().run_in_executor(None, history.recompute, state, changed)
+
+    async def _history(self, subject: str, block: CandleBlock, before: int) -> History:
+        """Every bar of a series as of the message before ``before``: from the archive where the log begins later."""
+        history = await self._archived(block.symbol, block.timeframe) if self.first_seq > 1 else History()
+        async with Reader(
+            self.bus, CANDLES, name=f"{self.name}-history", start=self.first_seq, subject=subject
+        ) as reader:
+            async for delivery in reader:
+                if delivery.stream_seq >= before:
+                    break
+                history.apply(delivery.message.rows)
+        self.histories[subject] = history
+        while len(self.histories) > 1 and sum(map(len, self.histories.values())) > HISTORY_BARS:
+            self.histories.popitem(last=False)
+        return history
+
+    async def _archived(self, symbol: str, timeframe: str) -> History:
+        """The archive's bars that are older than the log."""
+        url = self.ctx.database_url
+        history = History()
+        if url is None:
+            self.log.warning("no archive: the series begins with the log", action="features.no_archive", symbol=symbol)
+            return history
+        if self._store is None:
+            self._store = await Store.connect(url, size=1, name=self.name)
+            await self._store.wait_until_up(ARCHIVE_PATIENCE)
+        for row, revision in await self._store.candles_before(symbol, timeframe, self.first_seq):
+            history.put(row, revision)
+        return history
+
+    # --- snapshots and checks ---------------------------------------------------------------------------------------
+
+    async def _snapshots(self) -> None:
+        while True:
+            await asyncio.sleep(self.ctx.settings.features.snapshot_seconds)
+            try:
+                await self._snapshot()
+            except (NatsError, APIError) as error:
+                self.log.warning("snapshot put off", action="features.snapshot", error=f"{type(error).__name__}: {error}")
+
+    async def _snapshot(self) -> None:
+        """Stores the state of every series that changed, then the cursor: a crash in between repeats some work."""
+        kv = await self.bus.js.key_value(FEATURE_STATE)
+        async with self._gate:
+            cursor = Cursor(seq=self.handled, made=self.made)
+            todo, self._dirty = sorted(self._dirty), set()
+        chunk: list[str] = []
+        try:
+            while todo:
+                async with self._gate:
+                    chunk, todo = todo[:SNAPSHOT_CHUNK], todo[SNAPSHOT_CHUNK:]
+                    encoded = [
+                        (f"{state.timeframe}.{key_token(state.symbol)}", msgspec.json.encode(state))
+                        for state in (self.states[subject] for subject in chunk)
+                    ]
+                for key, value in encoded:
+                    await kv.put(key, value)
+        except BaseException:
+            self._dirty.update(todo, chunk)
+            raise
+        if cursor != self._stored:
+            await kv.put(CURSOR_KEY, msgspec.json.encode(cursor))
+            self._stored = cursor
+
+    async def _check(self, reconnected: asyncio.Event) -> None:
+        """After every reconnect: does FEATURES still hold what was published? If not, recover."""
+        while True:
+            await reconnected.wait()
+            reconnected.clear()
+            tail = await last_message(self.bus, FEATURES)
+            found = tail[1].candles_seq if tail is not None else 0
+            if found < self.made:
+                raise StreamReplaced(f"FEATURES ends at {found} instead of {self.made}: it is made whole again.")
+
+
+def _messages(
+    block: CandleBlock, seq: int, change: Change, delivery: Delivery[CandleBlock], run: str
+) -> tuple[Outgoing, ...]:
+    parts = max(1, -(-len(change.rows) // MAX_BLOCK_ROWS))
+    return tuple(
+        outgoing(
+            FEATURES,
+            FeatureBlock(
+                symbol=block.symbol,
+                timeframe=block.timeframe,
+                candles_seq=seq,
+                rows=tuple(change.rows[(part - 1) * MAX_BLOCK_ROWS : part * MAX_BLOCK_ROWS]),
+                received_at=block.received_at,
+                fills=tuple(change.fills) if part == 1 else (),
+                part=part,
+                parts=parts,
+                history=block.history,
+                replay=block.replay,
+                now=block.now,
+                source=block.source,
+                ts_source=block.ts_source,
+            ),
+            block.timeframe,
+            block.symbol,
+            msg_id=f"{delivery.headers.get('Nats-Msg-Id', '')}:{seq}:{part}{run}",
+            headers=trace_headers(delivery.headers),
+        )
+        for part in range(1, parts + 1)
+    )

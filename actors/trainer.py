@@ -1,0 +1,408 @@
+"""Trains on request and on schedule, keeps the versions, and has a person's word on which one serves.
+
+The training itself runs in a child process of lower priority that ends with it, so that scikit-learn's memory and time
+never meet an actor; the child dies with its parent. What serves is decided by events: the trainer releases a version,
+the emitter activates it, and the registry, the table and the link to the pickle follow from these events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar, Final
+
+import msgspec
+from nats.errors import Error as NatsError
+
+from actors.core import verdicts
+from actors.core.manifest import MANIFEST_FILE, ONNX_FILE, PICKLE_FILE, build_manifest, version_name
+from actors.core.registry import Registry, Version
+from actors.core.schedule import Schedule, parse_schedule
+from actors.core.spool import pack
+from actors.core.verdicts import Progress, ReleaseRequest, TrainRequest, Verdict
+from actors.workshop import files
+from actors.workshop.child import Job, RunFailed, run_child
+from bus.client import BusUnavailable
+from bus.consume import Delivery, Done, Outcome, Reader, consume, last_message
+from bus.store import Row, Store, StoreRejected, StoreUnavailable
+from bus.subjects import MODELS, PROMOTE, ROLLBACK, TRAIN
+from bus.supervise import ConfigurationError, Context, run_tasks, serve
+from bus.topology import model_name
+from schema.messages import ModelEvent, ModelState
+from schema.timeframes import SECONDS, canonical
+
+CHUNK_ROWS: Final = 20_000
+STORE_BUDGET: Final = 60.0  # seconds that a run's result waits for PostgreSQL or NATS
+RETRY_EVERY: Final = 1.0
+ACTIVATION_BUDGET: Final = 30.0  # seconds that an answer waits for the emitter
+SETTLE_BUDGET: Final = 5.0  # seconds that an answer waits for the registry's table
+END_OF_TIME: Final = datetime(9999, 1, 1, tzinfo=UTC)
+
+
+@dataclass(slots=True)
+class _Run:
+    request: TrainRequest
+    answer: asyncio.Future[Verdict] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class Trainer:
+    """The actor; see the module."""
+
+    name: ClassVar[str] = "trainer"
+    description: ClassVar[str] = "Trains models, keeps their versions and releases them to the emitter"
+    own_service: ClassVar[bool] = True
+
+    def __init__(self, ctx: Context) -> None:
+        self.bus = ctx.bus
+        self.log = ctx.log
+        self.settings = ctx.settings
+        self._ctx = ctx
+        self._models = Path(ctx.settings.home) / "models"
+        self._schedule = _schedule(ctx.settings.trainer.schedule)
+        self._registry = Registry()
+        self._changed: dict[tuple[str, str], Version] = {}
+        self._wake = asyncio.Event()
+        self._settled = asyncio.Event()
+        self._queue: asyncio.Queue[_Run] = asyncio.Queue()
+        self._busy = False
+        self._waiters: dict[str, asyncio.Future[ModelEvent]] = {}
+        self._store: Store
+
+    async def run(self) -> None:
+        if self._ctx.database_url is None:
+            raise ConfigurationError("The trainer needs PostgreSQL: set MT5_DATABASE_URL.")
+        self._store = await Store.connect(self._ctx.database_url, size=2, name=self.name)
+        try:
+            await asyncio.to_thread(files.sweep, self._models)
+            async with Reader(self.bus, MODELS, name=f"{self.name}-models", start=1) as reader:
+                # Decisions need to know who serves: every event that is in the stream now comes first.
+                last = await last_message(self.bus, MODELS)
+                while last is not None and reader.position < last[0]:
+                    await self._on_event(await reader.next())
+                endpoints = {TRAIN: self._on_train, PROMOTE: self._on_promote, ROLLBACK: self._on_rollback}
+                service = await serve(self.bus, self.name, self.description, endpoints)
+                self._ctx.ready()
+                try:
+                    await run_tasks(
+                        {
+                            "trainer-events": consume(reader, self._on_event),
+                            "trainer-archive": self._archive(),
+                            "trainer-work": self._work(),
+                            "trainer-schedule": self._follow_schedule(),
+                        }
+                    )
+                finally:
+                    if self.bus.connected:
+                        await service.stop()
+        finally:
+            await self._store.close()
+
+    # --- events --------------------------------------------------------------------------------------------------
+
+    async def _on_event(self, delivery: Delivery[ModelEvent]) -> Outcome:
+        event = delivery.message
+        for version in self._registry.apply(event):
+            self._changed[version.model_name, version.version] = version
+        self._settled.clear()
+        self._wake.set()
+        if event.event in ("activated", "refused"):
+            waiter = self._waiters.get(event.version)
+            if waiter is not None and not waiter.done():
+                waiter.set_result(event)
+        return Done()
+
+    async def _archive(self) -> None:
+        """Brings the models table and the links to what the events say, as soon as each can be written."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._changed:
+                key = next(iter(self._changed))
+                version = self._changed.pop(key)
+                state = (version.state, version.from_seq, version.activated_at, version.reason, version.by)
+                try:
+                    await self._store.execute("set_model_state", *key, *state)
+                except StoreUnavailable as error:
+                    self._changed.setdefault(key, version)
+                    self.log.warning("registry waits for PostgreSQL", action="trainer.archive", error=str(error))
+                    await asyncio.sleep(RETRY_EVERY)
+                serving = self._registry.serving(version.model_name)
+                if serving is not None:
+                    await asyncio.to_thread(files.link, self._models, serving.model_name, serving.version)
+            self._settled.set()
+
+    # --- requests ------------------------------------------------------------------------------------------------
+
+    async def _on_train(self, data: bytes) -> bytes:
+        try:
+            request = msgspec.json.decode(data or b"{}", type=TrainRequest)
+            if canonical(request.timeframe) is None:
+                raise ValueError(f"{request.timeframe!r} is no timeframe: use one of {', '.join(SECONDS)}.")
+            if request.progress is not None and not request.progress.startswith("_INBOX"):
+                raise ValueError("progress must be an inbox of the asker.")
+        except ValueError as error:  # msgspec.DecodeError is one
+            return _encode(verdicts.invalid(f"This is not a training request: {error}"))
+        return _encode(await self._submit(request))
+
+    async def _submit(self, request: TrainRequest) -> Verdict:
+        if self._busy:
+            message = "A training is running already: ask again when it is done."
+            return Verdict(ok=False, verdict="busy", message=message)
+        self._busy = True
+        run = _Run(request)
+        self._queue.put_nowait(run)
+        return await run.answer
+
+    async def _on_promote(self, data: bytes) -> bytes:
+        return await self._on_release(data, lambda r: self._named(r, "promote"), "")
+
+    async def _on_rollback(self, data: bytes) -> bytes:
+        return await self._on_release(data, self._rollback_target, "rollback: ")
+
+    async def _on_release(self, data: bytes, choose: Callable[[ReleaseRequest], Version], prefix: str) -> bytes:
+        try:
+            request = msgspec.json.decode(data or b"{}", type=ReleaseRequest)
+            if not request.reason.strip():
+                raise ValueError("a reason is needed; it is kept and shown with the model.")
+            version = choose(request)
+        except ValueError as error:
+            return _encode(verdicts.invalid(f"This cannot be done: {error}"))
+        try:
+            event = await self._release(version, "champion", f"{prefix}{request.reason.strip()}", "hand")
+        except BusUnavailable as error:
+            return _encode(verdicts.failed(f"{error} Ask again."))
+        return _encode(verdicts.released(version.model_name, version.version, "champion", event))
+
+    def _named(self, request: ReleaseRequest, verb: str) -> Version:
+        if request.version is None:
+            raise ValueError(f"name the version to {verb}; `models list` shows them.")
+        found = [v for v in self._registry.find(request.version) if request.model_name in (None, v.model_name)]
+        if not found:
+            raise ValueError(f"there is no version {request.version}; `models list` shows them.")
+        serving = self._registry.serving(found[0].model_name)
+        if serving is found[0] and serving.state == "champion":
+            raise ValueError(f"{request.version} is the champion already.")
+        return found[0]
+
+    def _rollback_target(self, request: ReleaseRequest) -> Version:
+        if request.version is not None:
+            return self._named(request, "roll back to")
+        names = [request.model_name] if request.model_name else list(self._registry.activations)
+        if len(names) != 1:
+            raise ValueError(f"name the model ({', '.join(names)})." if names else "no model has served yet.")
+        previous = self._registry.previous(names[0])
+        if previous is None:
+            raise ValueError(f"no earlier version of {names[0]} has served.")
+        return previous
+
+    # --- a release -----------------------------------------------------------------------------------------------
+
+    async def _publish(self, event: ModelEvent) -> None:
+        """Raises BusUnavailable where the event is not acknowledged within the budget."""
+        msg_id = f"{event.model_name}:{event.version}:{event.event}:{event.at.isoformat()}"
+        deadline = time.monotonic() + STORE_BUDGET
+        while True:
+            try:
+                await self.bus.publish(MODELS, event, event.model_name, msg_id=msg_id)
+            except BusUnavailable:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(RETRY_EVERY)
+            else:
+                return
+
+    async def _release(self, version: Version, state: ModelState, reason: str, by: str) -> ModelEvent | None:
+        """Asks the emitter to serve a version; its answer, or None where none came within the budget."""
+        waiter: asyncio.Future[ModelEvent] = asyncio.get_running_loop().create_future()
+        self._waiters[version.version] = waiter
+        try:
+            await self._publish(
+                ModelEvent(
+                    event="released",
+                    model_name=version.model_name,
+                    version=version.version,
+                    timeframe=version.timeframe,
+                    at=datetime.now(UTC),
+                    state=state,
+                    reason=reason,
+                    by=by,
+                )
+            )
+            async with asyncio.timeout(ACTIVATION_BUDGET):
+                event = await waiter
+        except TimeoutError:
+            return None
+        finally:
+            self._waiters.pop(version.version, None)
+        with contextlib.suppress(TimeoutError):  # the answer's reader finds the table and the link as it says
+            async with asyncio.timeout(SETTLE_BUDGET):
+                await self._settled.wait()
+        return event
+
+    # --- runs ----------------------------------------------------------------------------------------------------
+
+    async def _follow_schedule(self) -> None:
+        while self._schedule is None:
+            await asyncio.Event().wait()
+        while True:
+            run_at = self._schedule.next_run(datetime.now(UTC))
+            while (left := (run_at - datetime.now(UTC)).total_seconds()) > 0:  # noqa: ASYNC110  # waits for a clock
+                await asyncio.sleep(min(left, 60.0))  # short naps: the clock may be set meanwhile
+            for timeframe in self.settings.trainer.timeframes:
+                verdict = await self._submit(TrainRequest(timeframe=timeframe))
+                self.log.info("scheduled run", action="trainer.scheduled", timeframe=timeframe, message=verdict.message)
+
+    async def _work(self) -> None:
+        while True:
+            run = await self._queue.get()
+            try:
+                verdict = await self._train(run.request)
+            except (RunFailed, BusUnavailable, StoreUnavailable, StoreRejected) as error:
+                verdict = verdicts.failed(f"The training failed: {error}")
+            except BaseException as error:
+                stopped = isinstance(error, asyncio.CancelledError)
+                message = (
+                    "the trainer is stopping; ask again." if stopped else "an internal error; see the trainer's log."
+                )
+                if not run.answer.done():
+                    run.answer.set_result(verdicts.failed(f"The training failed: {message}"))
+                raise
+            finally:
+                self._busy = False
+            log = self.log.info if verdict.ok else self.log.warning
+            log("run ended", action="trainer.verdict", verdict=verdict.verdict, message=verdict.message)
+            if not run.answer.done():
+                run.answer.set_result(verdict)
+
+    async def _train(self, request: TrainRequest) -> Verdict:
+        timeframe = canonical(request.timeframe) or request.timeframe
+        name = model_name(timeframe)
+
+        async def tell(progress: Progress) -> None:
+            if request.progress is not None:
+                await self.bus.nc.publish(request.progress, msgspec.json.encode(progress))
+
+        async with files.workspace(self._models / name) as folder:
+            await tell(Progress(stage="read", done=0.0))
+            job = await self._read(timeframe, folder, request.seed)
+            result = await run_child(job, tell)
+            report = result.report
+            if result.reason:
+                await self._keep_metrics(name, "refused", None, result.reason, report)
+                return verdicts.refused(name, result.reason, report)
+            await tell(Progress(stage="store", done=0.98))
+            created = datetime.now(UTC)
+            version, path = await asyncio.to_thread(self._store_files, folder, name, timeframe, created, report)
+        for file in (PICKLE_FILE, ONNX_FILE, MANIFEST_FILE):  # the manifest last: who finds it finds the others
+            data = await asyncio.to_thread((path / file).read_bytes)
+            await self._patiently(partial(self.bus.put_object, f"{name}/{version}/{file}", data))
+        first = self._registry.serving(name) is None and self._registry.awaited(name) is None
+        row = (name, version, timeframe, "candidate", created, data.decode())
+        await self._patiently(partial(self._store.execute, "upsert_model", *row))
+        await self._keep_metrics(name, "provisional" if first else "candidate", version, "", report)
+        await tell(Progress(stage="release", done=0.99))
+        if first:
+            entry = Version(name, version, timeframe)
+            answer = await self._release(entry, "provisional", "the first version that passed", self.name)
+            return verdicts.released(name, version, "provisional", answer, report, str(path))
+        await self._publish(
+            ModelEvent(event="registered", model_name=name, version=version, timeframe=timeframe, at=datetime.now(UTC))
+        )
+        return verdicts.candidate(name, version, report, str(path))
+
+    async def _read(self, timeframe: str, folder: Path, seed: int | None) -> Job:
+        """Spools the training set into one file a symbol: neither this process nor a message holds it whole."""
+        settings, options = self.settings.trainer, self.settings.symbols
+        counted = await self._store.fetch("trainset_symbols", timeframe)
+        rows = {r["symbol"]: int(r["rows"]) for r in counted}
+        symbols = [symbol for symbol, n in rows.items() if n >= settings.min_rows]
+        if not symbols and rows:  # so that the refusal can say how many rows there are
+            symbols = [max(rows, key=lambda symbol: rows[symbol])]
+        for i, symbol in enumerate(symbols):
+            with (folder / f"{i}.rows").open("wb") as file:
+                before, left = END_OF_TIME, settings.max_rows
+                while left > 0:
+                    chunk = await self._store.fetch("trainset_rows", timeframe, symbol, before, min(left, CHUNK_ROWS))
+                    if not chunk:
+                        break
+                    await asyncio.to_thread(_spool, file, chunk)
+                    before, left = chunk[-1]["ts"], left - len(chunk)
+        return Job(
+            folder=str(folder),
+            symbols=symbols,
+            options={
+                "bar_seconds": SECONDS[timeframe],
+                "seed": settings.seed if seed is None else seed,
+                "trees": settings.trees,
+                "max_depth": settings.max_depth,
+                "min_samples_leaf": settings.min_samples_leaf,
+                "folds": settings.folds,
+                "min_rows": settings.min_rows,
+                "points": {s: options[s].point for s in symbols if s in options and options[s].point is not None},
+                "spreads": {s: options[s].spread for s in symbols if s in options and options[s].spread is not None},
+            },
+        )
+
+    def _store_files(
+        self, folder: Path, name: str, timeframe: str, created: datetime, report: dict[str, Any]
+    ) -> tuple[str, Path]:
+        """Completes the version's folder with its manifest and gives it its name, whole or not at all."""
+        artifacts = {file: (folder / "version" / file).read_bytes() for file in (PICKLE_FILE, ONNX_FILE)}
+        version = version_name(created, artifacts[ONNX_FILE])
+        manifest = build_manifest(
+            report,
+            artifacts,
+            name=name,
+            version=version,
+            timeframe=timeframe,
+            created_at=created,
+            expire_days=self.settings.trainer.expire_days,
+        )
+        files.write(folder / "version" / MANIFEST_FILE, msgspec.json.format(msgspec.json.encode(manifest)))
+        path = self._models / name / version
+        (folder / "version").rename(path)
+        files.sync_folder(path.parent)
+        return version, path
+
+    async def _keep_metrics(
+        self, name: str, verdict: str, version: str | None, reason: str, report: dict[str, Any]
+    ) -> None:
+        metrics = {"verdict": verdict, "version": version, "reason": reason} | report
+        text = msgspec.json.encode(metrics).decode()
+        created = datetime.now(UTC)
+        await self._patiently(partial(self._store.fetchval, "insert_model_metrics", created, name, text))
+
+    async def _patiently(self, act: Callable[[], Awaitable[Any]]) -> None:
+        """Does it within the budget; raises the last error. Only for what may be done twice."""
+        deadline = time.monotonic() + STORE_BUDGET
+        while True:
+            try:
+                await act()
+            except (StoreUnavailable, BusUnavailable, NatsError, TimeoutError) as error:
+                if time.monotonic() > deadline:
+                    raise RunFailed(f"{error} The model is not released: train again.") from error
+                self.log.warning("result waits", action="trainer.wait", error=str(error))
+                await asyncio.sleep(RETRY_EVERY)
+            else:
+                return
+
+
+def _encode(verdict: Verdict) -> bytes:
+    return msgspec.json.encode(verdict)
+
+
+def _schedule(text: str | None) -> Schedule | None:
+    try:
+        return None if text is None else parse_schedule(text)
+    except ValueError as error:
+        raise ConfigurationError(f"[trainer] schedule: {error}") from error
+
+
+def _spool(file: BinaryIO, rows: list[Row]) -> None:
+    file.write(pack(rows))

@@ -1,0 +1,1 @@
+"""Parts of the trainer: the training process and the folders of versions."""

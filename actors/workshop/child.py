@@ -1,0 +1,123 @@
+"""A training in a process of its own: lower priority, one thread, and it dies with its parent.
+
+scikit-learn is imported in the child alone, so that its memory goes with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import platform
+import signal
+import threading
+from collections.abc import Awaitable, Callable
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from actors.core.manifest import ONNX_FILE, PICKLE_FILE
+from actors.core.verdicts import Progress
+from actors.workshop.files import write
+
+RUN_BUDGET: Final = 3_600.0  # seconds of one training
+CHILD_NICE: Final = 10
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """What the child is told: where the rows lie, where the artifacts go, and ``TrainOptions`` as a mapping."""
+
+    folder: str
+    symbols: list[str]
+    options: dict[str, Any]
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """How far the child is."""
+
+    stage: str
+    done: float
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What the child answers; ``reason`` is empty where a model was trained."""
+
+    reason: str
+    report: dict[str, Any]
+
+
+_FROM_CHILD: Final = msgspec.json.Decoder(Step | Result)
+
+
+class RunFailed(Exception):
+    """A run that came to no verdict; the message says why and what to do."""
+
+
+async def run_child(job: Job, tell: Callable[[Progress], Awaitable[None]]) -> Result:
+    """Trains in a process of its own and ends it whatever happens.
+
+    Raises:
+        RunFailed: the child died or took longer than the budget.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    receiver, sender = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=_child, args=(sender, msgspec.json.encode(job)), name="mt5-training", daemon=True)
+    process.start()
+    sender.close()
+    try:
+        async with asyncio.timeout(RUN_BUDGET):
+            while True:
+                message = _FROM_CHILD.decode(await asyncio.to_thread(receiver.recv_bytes))
+                if isinstance(message, Result):
+                    return message
+                await tell(Progress(stage=message.stage, done=message.done))
+    except EOFError as error:
+        await asyncio.to_thread(process.join, 5.0)
+        raise RunFailed(
+            f"the training process died (exit code {process.exitcode}): if memory is short, lower [trainer] max_rows."
+        ) from error
+    except TimeoutError as error:
+        raise RunFailed(f"it took longer than {RUN_BUDGET:.0f} s: lower [trainer] max_rows or trees.") from error
+    finally:
+        process.kill()
+        await asyncio.to_thread(process.join)
+        receiver.close()
+
+
+def _child(sender: connection.Connection, data: bytes) -> None:
+    """The child's whole life: rows in, artifacts and a report out."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's to handle
+    threading.Thread(target=_die_with_parent, name="watch-parent", daemon=True).start()
+    if hasattr(os, "nice"):
+        os.nice(CHILD_NICE)
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[variable] = "1"  # before numpy comes in: the other core is the hot path's
+
+    from actors.core import training
+    from actors.core.forest import TrainOptions  # only here: scikit-learn's memory stays in this process
+
+    job = msgspec.json.decode(data, type=Job)
+    folder = Path(job.folder)
+    options = msgspec.convert(job.options, TrainOptions)
+
+    def tell(stage: str, done: float) -> None:
+        sender.send_bytes(msgspec.json.encode(Step(stage=stage, done=done)))
+
+    dataset = training.from_spool(job.symbols, [(folder / f"{i}.rows").read_bytes() for i in range(len(job.symbols))])
+    outcome = training.train(dataset, options, tell)
+    outcome.report["libraries"]["python"] = platform.python_version()
+    reason = outcome.reason if isinstance(outcome, training.Refused) else ""
+    if isinstance(outcome, training.Trained):
+        (folder / "version").mkdir()
+        write(folder / "version" / PICKLE_FILE, outcome.model_pkl)
+        write(folder / "version" / ONNX_FILE, outcome.model_onnx)
+    sender.send_bytes(msgspec.json.encode(Result(reason=reason, report=outcome.report)))
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)

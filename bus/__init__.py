@@ -1,0 +1,1 @@
+"""Every shared socket: subjects, topology, codec, client, consume, supervise, store and telemetry."""

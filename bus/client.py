@@ -1,0 +1,303 @@
+"""One connection to NATS: publish with an acknowledgement, emit without one, request, and the model files."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar
+from urllib.parse import unquote, urlsplit
+
+import structlog
+from nats.aio.client import Client
+from nats.errors import Error as NatsError
+from nats.js import JetStreamContext
+from nats.js.api import Header, PubAck
+from nats.js.errors import APIError, NotFoundError, ObjectNotFoundError
+
+from bus.subjects import MODEL_FILES, Channel
+from schema.messages import Message
+from schema.settings import Nats
+
+log = structlog.get_logger(__name__)
+M = TypeVar("M", bound=Message)
+
+MIN_SERVER: Final = (2, 12)  # older servers silently ignore fields that the topology relies on
+MAX_IN_FLIGHT: Final = 256  # publishes awaiting their acknowledgement in publish_many
+BURST_WAIT: Final = 5.0  # seconds for a burst of publish_many to be acknowledged before the rest is sent again
+RECONNECT_WAIT: Final = 0.2
+RETRY_EVERY: Final = 0.25  # seconds between tries of an unacknowledged publish
+STREAM_FULL: Final = frozenset({10047, 10077, 10023, 10028})  # err_codes that mean: no room now
+
+
+def _credentials(url: str) -> tuple[str, str | None, str | None]:
+    """A URL without its credentials, and these decoded, which nats-py leaves percent-encoded."""
+    parts = urlsplit(url)
+    bare = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+    user = unquote(parts.username) if parts.username else None
+    return bare, user, unquote(parts.password) if parts.password else None
+
+
+class BusUnavailable(Exception):
+    """The bus did not acknowledge in time: unknown whether it stored the message, so send it again with the same id."""
+
+
+class BusTooOld(Exception):
+    """The NATS server is older than 2.12: upgrade nats-server."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """One encoded message on its way to a stream."""
+
+    subject: str
+    payload: bytes
+    msg_id: str
+    stream: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def wire_headers(self) -> dict[str, str]:
+        return {**self.headers, Header.MSG_ID.value: self.msg_id, Header.EXPECTED_STREAM.value: self.stream}
+
+
+def outgoing(
+    channel: Channel[M], message: M, *tokens: str, msg_id: str, headers: Mapping[str, str] | None = None
+) -> Outgoing:
+    """Encodes a message for its channel's stream."""
+    if channel.stream is None:
+        raise ValueError(f"{channel.prefix} has no stream: use emit")
+    return Outgoing(channel.subject(*tokens), channel.encode(message), msg_id, channel.stream, headers or {})
+
+
+class Bus:
+    """A connection that reconnects for ever, and the few verbs that actors use."""
+
+    def __init__(self, nc: Client, settings: Nats) -> None:
+        self.nc = nc
+        self.js: JetStreamContext = nc.jetstream(
+            timeout=settings.publish_timeout, publish_async_max_pending=4 * MAX_IN_FLIGHT
+        )
+        self.settings = settings
+        self._reconnected: list[Callable[[], None]] = []
+        self._closing: list[Callable[[], Awaitable[None]]] = []
+
+    @classmethod
+    async def connect(cls, url: str, *, name: str, settings: Nats | None = None, patience: float = 10.0) -> Bus:
+        """Connects within ``patience`` seconds; refuses a server that is too old.
+
+        Raises:
+            BusUnavailable: nobody answers at the URL, or the credentials are wrong.
+            BusTooOld: the server is older than 2.12.
+        """
+        settings = settings or Nats()
+        listeners: list[Callable[[], None]] = []
+        loop = asyncio.get_running_loop()
+        refused: asyncio.Future[str] = loop.create_future()
+        last_error = "no answer"
+
+        async def on_error(error: Exception) -> None:
+            nonlocal last_error
+            last_error = str(error) or type(error).__name__
+            if "authorization" in last_error.lower() and not refused.done():
+                refused.set_result(last_error)
+            log.warning("nats error", action="bus.error", client=name, error=last_error)
+
+        async def on_disconnect() -> None:
+            log.warning("nats disconnected", action="bus.disconnected", client=name)
+
+        async def on_reconnect() -> None:
+            log.info("nats reconnected", action="bus.reconnected", client=name)
+            for listener in listeners:
+                listener()
+
+        server, user, password = _credentials(url)
+        # nats-py tries for ever, the first connection too: it is bounded here, and wrong credentials end it at once.
+        nc = Client()
+        connecting = asyncio.create_task(
+            nc.connect(
+                server,
+                user=user,
+                password=password,
+                name=name,
+                inbox_prefix=f"_INBOX_{name.partition('-')[0]}".encode(),  # its own, so that permissions can name it
+                max_reconnect_attempts=-1,
+                reconnect_time_wait=RECONNECT_WAIT,  # type: ignore[arg-type]  # a float works as well
+                connect_timeout=2,
+                ping_interval=settings.ping_interval,  # type: ignore[arg-type]
+                max_outstanding_pings=2,
+                error_cb=on_error,
+                disconnected_cb=on_disconnect,
+                reconnected_cb=on_reconnect,
+            )
+        )
+        futures: set[asyncio.Future[Any]] = {connecting, refused}
+        await asyncio.wait(futures, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+        if not connecting.done():
+            connecting.cancel()
+            await asyncio.gather(connecting, return_exceptions=True)
+            await nc.close()
+            raise BusUnavailable(
+                f"NATS does not take our connection ({last_error}): check that nats-server runs at "
+                f"{server} (MT5_NATS_URL) and that user and password are right."
+            )
+        try:
+            connecting.result()
+        except (NatsError, OSError, ValueError) as error:
+            raise BusUnavailable(f"NATS cannot be reached at {server} (MT5_NATS_URL): {error}.") from error
+        version = nc.connected_server_version
+        if (version.major, version.minor) < MIN_SERVER:
+            await nc.close()
+            raise BusTooOld(f"nats-server {version.major}.{version.minor} is too old: 2.12 or newer is needed.")
+        bus = cls(nc, settings)
+        bus._reconnected = listeners
+        return bus
+
+    @property
+    def connected(self) -> bool:
+        return bool(self.nc.is_connected)
+
+    def on_reconnect(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """Calls ``listener`` after every reconnect; returns the way to stop that."""
+        self._reconnected.append(listener)
+        return lambda: self._reconnected.remove(listener)
+
+    def on_close(self, closer: Callable[[], Awaitable[None]]) -> None:
+        self._closing.append(closer)
+
+    async def publish(
+        self, channel: Channel[M], message: M, *tokens: str, msg_id: str, headers: Mapping[str, str] | None = None
+    ) -> int:
+        """Publishes and waits for the stream's acknowledgement; returns the stream sequence.
+
+        Raises:
+            BusUnavailable: no acknowledgement within ``publish_timeout``, or the stream refused for want of room.
+        """
+        ack = await self.store(outgoing(channel, message, *tokens, msg_id=msg_id, headers=headers))
+        return int(ack.seq)
+
+    async def store(self, message: Outgoing, timeout: float | None = None) -> PubAck:
+        """:meth:`publish` for a message that is already encoded; a duplicate is an acknowledgement too."""
+        if not self.nc.is_connected:
+            # nats-py would buffer it and may still store it after the reconnect: say "unknown" at once instead.
+            raise BusUnavailable("NATS is not connected.")
+        try:
+            return await self.js.publish(
+                message.subject,
+                message.payload,
+                timeout=timeout or self.settings.publish_timeout,
+                headers=message.wire_headers(),
+            )
+        except APIError as error:
+            if error.err_code in STREAM_FULL or (error.code or 0) >= 500:
+                raise BusUnavailable(f"NATS refused to store on {message.subject}: {error.description}.") from error
+            raise
+        except (NatsError, TimeoutError, OSError) as error:
+            raise BusUnavailable(
+                f"NATS did not acknowledge {message.subject} in time ({type(error).__name__})."
+            ) from error
+
+    async def store_all(self, messages: Sequence[Outgoing]) -> None:
+        """:meth:`store` for many, in order and without a second try: for whoever is told "send again" instead.
+
+        Raises:
+            BusUnavailable: some were not acknowledged within ``publish_timeout``; which of them is unknown.
+        """
+        acks: dict[int, PubAck] = {}
+        for lo in range(0, len(messages), MAX_IN_FLIGHT):
+            burst = list(range(lo, min(lo + MAX_IN_FLIGHT, len(messages))))
+            await self._burst(messages, burst, acks, self.settings.publish_timeout)
+            if len(acks) < burst[-1] + 1:
+                raise BusUnavailable(f"NATS acknowledged {len(acks)} of {len(messages)} messages in time.")
+
+    async def publish_many(self, messages: Sequence[Outgoing], *, budget: float = 60.0) -> list[PubAck]:
+        """Publishes in order, :data:`MAX_IN_FLIGHT` in flight, and tries again (same ids) until all are acknowledged.
+
+        Raises:
+            BusUnavailable: something is still unacknowledged after ``budget`` seconds.
+        """
+        acks: dict[int, PubAck] = {}
+        deadline = time.monotonic() + budget
+        todo = list(range(len(messages)))
+        while todo:
+            for lo in range(0, len(todo), MAX_IN_FLIGHT):
+                await self._burst(messages, todo[lo : lo + MAX_IN_FLIGHT], acks, BURST_WAIT)
+            todo = [i for i in todo if i not in acks]
+            if todo:
+                if time.monotonic() > deadline:
+                    raise BusUnavailable(f"NATS left {len(todo)} of {len(messages)} messages unacknowledged.")
+                await asyncio.sleep(RETRY_EVERY)
+        return [acks[i] for i in range(len(messages))]
+
+    async def _burst(
+        self, messages: Sequence[Outgoing], indices: list[int], acks: dict[int, PubAck], wait: float
+    ) -> None:
+        if len(indices) == 1:
+            try:
+                acks[indices[0]] = await self.store(messages[indices[0]])
+            except BusUnavailable as error:
+                log.warning("publish is tried again", action="bus.retry", error=str(error))
+            return
+        if not self.nc.is_connected:
+            return
+        futures: dict[int, asyncio.Future[PubAck]] = {}
+        try:
+            for i in indices:
+                m = messages[i]
+                futures[i] = await self.js.publish_async(
+                    m.subject, m.payload, wait_stall=self.settings.publish_timeout, headers=m.wire_headers()
+                )
+        except (NatsError, TimeoutError, OSError) as error:
+            log.warning("publish is tried again", action="bus.retry", error=f"{type(error).__name__}: {error}")
+        if not futures:
+            return
+        # A future in flight when the server dies never resolves: the wait is bounded and the rest is sent again.
+        await asyncio.wait(futures.values(), timeout=wait)
+        for i, future in futures.items():
+            if not future.done():
+                future.cancel()
+            elif (failure := future.exception()) is None:
+                acks[i] = future.result()
+            elif isinstance(failure, APIError) and (failure.code or 0) < 500 and failure.err_code not in STREAM_FULL:
+                raise failure
+
+    async def emit(self, channel: Channel[M], message: M, *tokens: str) -> None:
+        """Core NATS: at most once, nobody waits."""
+        await self.nc.publish(channel.subject(*tokens), channel.encode(message))
+
+    async def request(self, subject: str, payload: bytes = b"", timeout: float = 5.0) -> bytes:
+        """Asks an actor.
+
+        Raises:
+            BusUnavailable: nobody serves the subject, or no answer came in time.
+        """
+        try:
+            answer = await self.nc.request(subject, payload, timeout=timeout)
+        except (NatsError, TimeoutError) as error:
+            raise BusUnavailable(f"Nobody answered {subject} ({type(error).__name__}).") from error
+        return answer.data
+
+    async def put_object(self, name: str, data: bytes) -> None:
+        store = await self.js.object_store(MODEL_FILES)
+        await store.put(name, data)
+
+    async def get_object(self, name: str) -> bytes:
+        """Raises KeyError where there is no such object."""
+        store = await self.js.object_store(MODEL_FILES)
+        try:
+            result = await store.get(name)
+        except (ObjectNotFoundError, NotFoundError) as error:
+            raise KeyError(name) from error
+        return bytes(result.data or b"")
+
+    async def close(self, budget: float = 3.0) -> None:
+        """Flushes what is written and closes, within ``budget`` seconds."""
+        for closer in self._closing:
+            await closer()
+        try:
+            async with asyncio.timeout(budget):
+                await self.nc.flush(timeout=max(1, int(budget)))
+                await self.nc.close()
+        except (NatsError, TimeoutError, OSError) as error:
+            log.warning("nats closed without a flush", action="bus.close", error=type(error).__name__)
+            await self.nc.close()

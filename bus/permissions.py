@@ -1,0 +1,114 @@
+"""Who may say and hear what: one NATS user per actor, each with its own subjects only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from bus.subjects import (
+    CANDLES,
+    FEATURE_STATE,
+    FEATURES,
+    FORMING,
+    MODEL_FILES,
+    MODELS,
+    PROMOTE,
+    REJECTS,
+    ROLLBACK,
+    SIGNALS,
+    TRAIN,
+    Channel,
+)
+
+OPERATOR: Final = "operator"  # the person's user: may do everything
+API: Final = "$JS.API"
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """A NATS user; empty tuples mean everything is allowed."""
+
+    name: str
+    publish: tuple[str, ...]
+    subscribe: tuple[str, ...]
+
+
+def _read(stream: str) -> tuple[str, ...]:
+    """What a reader of a stream needs: its consumers and single messages."""
+    return (
+        f"{API}.STREAM.INFO.{stream}",
+        f"{API}.STREAM.MSG.GET.{stream}",
+        f"{API}.DIRECT.GET.{stream}",
+        f"{API}.DIRECT.GET.{stream}.>",
+        f"{API}.CONSUMER.CREATE.{stream}.>",
+        f"{API}.CONSUMER.CREATE.{stream}",
+        f"{API}.CONSUMER.DURABLE.CREATE.{stream}.>",
+        f"{API}.CONSUMER.DELETE.{stream}.>",
+        f"{API}.CONSUMER.INFO.{stream}.>",
+        f"{API}.CONSUMER.MSG.NEXT.{stream}.>",
+    )
+
+
+def _bucket(name: str) -> tuple[str, ...]:
+    return (f"$KV.{name}.>", *_read(f"KV_{name}"), f"{API}.STREAM.PURGE.KV_{name}")
+
+
+_FILES_READ: Final = (*_read(f"OBJ_{MODEL_FILES}"), "$JS.FC.>")
+_FILES_WRITE: Final = (f"$O.{MODEL_FILES}.>", *_FILES_READ, f"{API}.STREAM.PURGE.OBJ_{MODEL_FILES}")
+
+
+def _name(channel: Channel) -> str:  # type: ignore[type-arg]
+    return str(channel.stream)
+
+
+# What every actor may do: answer people (the NATS CLI's inboxes and the operator's) and park rejects of its own.
+_ANSWER: Final = ("_INBOX.>", f"_INBOX_{OPERATOR}.>", "_INBOX_trainer.>")
+
+_PUBLISH: Final[dict[str, tuple[str, ...]]] = {
+    "collector": (
+        CANDLES.wildcard,
+        FORMING.wildcard,
+        *_read(_name(CANDLES)),
+        *_read(_name(SIGNALS)),
+        "$SRV.PING.*",
+    ),
+    "features": (
+        FEATURES.wildcard,
+        *_read(_name(CANDLES)),
+        *_read(_name(FEATURES)),
+        *_bucket(FEATURE_STATE),
+    ),
+    "emitter": (
+        SIGNALS.wildcard,
+        "models.*",
+        *_read(_name(FEATURES)),
+        *_read(_name(SIGNALS)),
+        *_read(_name(MODELS)),
+        *_FILES_READ,
+    ),
+    "recorder": (*_read(_name(FEATURES)), *_read(_name(SIGNALS))),
+    "trainer": ("models.*", *_read(_name(MODELS)), *_FILES_WRITE),
+}
+
+_SUBSCRIBE: Final[dict[str, tuple[str, ...]]] = {
+    "collector": (),
+    "features": (),
+    "emitter": (),
+    "recorder": (),
+    "trainer": (TRAIN, PROMOTE, ROLLBACK),
+}
+
+
+def users() -> list[User]:
+    """The operator and every actor, with what each may publish and subscribe to."""
+    actors = [
+        User(
+            name,
+            (*publish, f"{REJECTS.prefix}.{'candles' if name == 'collector' else name}", *_ANSWER),
+            (f"_INBOX_{name}.>", "$SRV.>", *_SUBSCRIBE[name]),
+        )
+        for name, publish in _PUBLISH.items()
+    ]
+    return [User(OPERATOR, (), ()), *actors]
+
+

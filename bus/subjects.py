@@ -1,0 +1,94 @@
+"""The one table that binds struct, subject and stream. No subject literal stands anywhere else."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final, Generic, TypeVar, cast
+
+import msgspec
+
+from schema.messages import CandleBlock, FeatureBlock, FormingCandle, Message, ModelEvent, Reject, Signal
+
+M = TypeVar("M", bound=Message)
+
+_FORBIDDEN: Final = re.compile(r"[.*>%\s\x00-\x1f\x7f]")
+
+
+def encode_token(text: str) -> str:
+    """A symbol as one subject token: what NATS forbids is percent-encoded as UTF-8 (``EURUSD.m`` → ``EURUSD%2Em``)."""
+    return _FORBIDDEN.sub(lambda m: "".join(f"%{b:02X}" for b in m.group().encode()), text)
+
+
+def decode_token(token: str) -> str:
+    """The inverse of :func:`encode_token`."""
+    raw = re.sub(rb"%([0-9A-F]{2})", lambda m: bytes([int(m.group(1), 16)]), token.encode())
+    return raw.decode()
+
+
+@dataclass(frozen=True, slots=True)
+class Channel(Generic[M]):
+    """A kind of message: its subject's first token, how many tokens follow, its struct and its stream (None: core NATS)."""
+
+    prefix: str
+    tokens: int
+    struct: type[M]
+    stream: str | None
+
+    @property
+    def wildcard(self) -> str:
+        return f"{self.prefix}.>"
+
+    def subject(self, *tokens: str) -> str:
+        """``candles``, ``("M1", "EURUSD.m")`` → ``candles.M1.EURUSD%2Em``."""
+        if len(tokens) != self.tokens:
+            raise ValueError(f"{self.prefix} takes {self.tokens} tokens, got {len(tokens)}")
+        return ".".join((self.prefix, *(encode_token(t) for t in tokens)))
+
+    def parse(self, subject: str) -> tuple[str, ...]:
+        """The decoded tokens after the prefix."""
+        head, *tokens = subject.split(".")
+        if head != self.prefix or len(tokens) != self.tokens:
+            raise ValueError(f"{subject!r} is not a subject of {self.prefix}")
+        return tuple(decode_token(t) for t in tokens)
+
+    def encode(self, message: M) -> bytes:
+        return _ENCODER.encode(message)
+
+    def decode(self, data: bytes) -> M:
+        """Raises msgspec.DecodeError (ValidationError among them) on anything that is not this channel's struct."""
+        decoder = _DECODERS.get(self.struct)
+        if decoder is None:
+            decoder = _DECODERS[self.struct] = msgspec.json.Decoder(self.struct)
+        return cast(M, decoder.decode(data))
+
+
+_ENCODER: Final = msgspec.json.Encoder()
+_DECODERS: Final[dict[type, msgspec.json.Decoder[Message]]] = {}
+
+CANDLES: Final = Channel("candles", 2, CandleBlock, "CANDLES")
+FEATURES: Final = Channel("features", 2, FeatureBlock, "FEATURES")
+SIGNALS: Final = Channel("signals", 2, Signal, "SIGNALS")
+FORMING: Final = Channel("forming", 2, FormingCandle, None)
+MODELS: Final = Channel("models", 1, ModelEvent, "EVENTS")
+REJECTS: Final = Channel("rejects", 1, Reject, "REJECTS")
+
+CHANNELS: Final[tuple[Channel[Message], ...]] = (CANDLES, FEATURES, SIGNALS, FORMING, MODELS, REJECTS)  # type: ignore[assignment]
+
+# KV buckets and the object store (JetStream keeps them as streams KV_<name> and OBJ_<name>).
+FEATURE_STATE: Final = "feature_state"
+CLOCK: Final = "clock"
+MODEL_FILES: Final = "models"
+
+# Requests that actors answer as NATS micro services.
+TRAIN: Final = "trainer.train"
+PROMOTE: Final = "models.promote"
+ROLLBACK: Final = "models.rollback"
+
+
+_KEY_SAFE: Final = re.compile(r"[^A-Za-z0-9_-]")
+
+
+def key_token(text: str) -> str:
+    """A symbol as part of a key-value key, whose alphabet is smaller than a subject's (``EURUSD.m`` → ``EURUSD=2Em``)."""
+    return _KEY_SAFE.sub(lambda m: "".join(f"={b:02X}" for b in m.group().encode()), text)

@@ -1,0 +1,175 @@
+"""Running actors: each with its own connection, restarted with backoff when it fails, drained when asked to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final, Protocol
+
+import structlog
+from nats.errors import Error as NatsError
+from nats.js.errors import APIError
+from nats.micro import add_service
+from nats.micro.request import Request
+from nats.micro.service import EndpointConfig, Service, ServiceConfig
+
+from bus.client import Bus, BusTooOld, BusUnavailable
+from bus.consume import StreamReplaced
+from bus.telemetry import actor_restarts_total
+from schema.settings import Settings
+
+BACKOFF_FIRST: Final = 0.2
+BACKOFF_MAX: Final = 10.0
+HEALTHY_AFTER: Final = 30.0  # seconds of running after which the backoff starts anew
+STOP_BUDGET: Final = 6.0  # all actors together; the whole `up` has 10 s
+VERSION: Final = "0.1.0"
+
+Endpoint = Callable[[bytes], Awaitable[bytes]]
+
+
+class ConfigurationError(Exception):
+    """An actor cannot run with these settings: mend them and start again (restarting would not help)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What an actor gets: its settings, its connection, and how to say that it is ready."""
+
+    settings: Settings
+    bus: Bus
+    database_url: str | None
+    ready: Callable[[], None]
+    log: Any
+
+
+class Actor(Protocol):
+    name: ClassVar[str]
+    description: ClassVar[str]
+
+    def __init__(self, ctx: Context) -> None: ...
+
+    async def run(self) -> None:
+        """Runs until cancelled; any return or exception is a failure that restarts the actor."""
+
+
+async def serve(bus: Bus, actor: str, description: str, endpoints: Mapping[str, Endpoint] | None = None) -> Service:
+    """Makes an actor a NATS micro service, so that ``nats micro ls`` shows it; endpoints are keyed by subject."""
+
+    def handler(endpoint: Endpoint) -> Callable[[Request], Coroutine[Any, Any, None]]:
+        async def handle(request: Request) -> None:
+            try:
+                await request.respond(await endpoint(request.data))
+            except NatsError as error:
+                structlog.get_logger(__name__).warning(
+                    "answer not sent", action="serve.answer", subject=request.subject, error=type(error).__name__
+                )
+
+        return handle
+
+    service = await add_service(bus.nc, ServiceConfig(name=actor, version=VERSION, description=description))
+    for subject, endpoint in (endpoints or {}).items():
+        await service.add_endpoint(
+            EndpointConfig(name=subject.replace(".", "-"), subject=subject, handler=handler(endpoint))
+        )
+    return service
+
+
+async def run_tasks(tasks: Mapping[str, Coroutine[Any, Any, None]]) -> None:
+    """Owns an actor's named tasks: one that ends or fails stops the others and is raised."""
+    running = {asyncio.create_task(task, name=name) for name, task in tasks.items()}
+    try:
+        done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+        raise RuntimeError(f"task {', '.join(sorted(t.get_name() for t in done))} ended although it should run for ever")
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+async def _run_actor(
+    actor: type[Actor],
+    settings: Settings,
+    nats_url: str,
+    database_url: str | None,
+    on_ready: Callable[[str], None],
+) -> None:
+    log = structlog.get_logger(actor.name).bind(actor=actor.name)
+    backoff = BACKOFF_FIRST
+
+    def ready() -> None:
+        log.info("ready", action="actor.ready")
+        on_ready(actor.name)
+
+    while True:
+        started = time.monotonic()
+        bus: Bus | None = None
+        try:
+            bus = await Bus.connect(nats_url, name=actor.name, settings=settings.nats)
+            await serve_if_needed(bus, actor)
+            await actor(Context(settings, bus, database_url, ready, log)).run()
+            log.error("ended although it should run for ever", action="actor.ended")
+        except asyncio.CancelledError:
+            raise
+        except (ConfigurationError, BusTooOld):
+            raise
+        except (BusUnavailable, StreamReplaced, NatsError, APIError) as error:
+            # The bus is away, or what it holds has changed: starting again is how an actor recovers from either.
+            log.warning("starts again", action="actor.again", error=f"{type(error).__name__}: {error}")
+        except Exception:
+            log.exception("failed and is started again", action="actor.failed")
+        finally:
+            if bus is not None:
+                await bus.close()
+        actor_restarts_total.inc(actor=actor.name)
+        if time.monotonic() - started > HEALTHY_AFTER:
+            backoff = BACKOFF_FIRST
+        await asyncio.sleep(backoff)
+        backoff = min(2 * backoff, BACKOFF_MAX)
+
+
+async def serve_if_needed(bus: Bus, actor: type[Actor]) -> None:
+    """Registers an actor that has no endpoints of its own; one with endpoints calls :func:`serve` itself."""
+    if not getattr(actor, "own_service", False):
+        await serve(bus, actor.name, actor.description)
+
+
+async def run_actors(
+    actors: Sequence[type[Actor]],
+    settings: Settings,
+    *,
+    nats_urls: Mapping[str, str],
+    database_url: str | None,
+    on_ready: Callable[[str], None],
+    stop: asyncio.Event,
+) -> None:
+    """Runs the named actors in this event loop until ``stop`` is set, then drains them within :data:`STOP_BUDGET`.
+
+    Raises:
+        ConfigurationError: an actor cannot run with these settings.
+    """
+    tasks = {
+        asyncio.create_task(
+            _run_actor(actor, settings, nats_urls[actor.name], database_url, on_ready), name=f"actor-{actor.name}"
+        )
+        for actor in actors
+    }
+    waiter = asyncio.create_task(stop.wait(), name="stop")
+    try:
+        done, _ = await asyncio.wait({waiter, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+        for task in done - {waiter}:
+            task.result()
+    finally:
+        waiter.cancel()
+        for task in tasks:
+            task.cancel()
+        _, late = await asyncio.wait(tasks, timeout=STOP_BUDGET)
+        if late:
+            names = ", ".join(sorted(t.get_name() for t in late))
+            structlog.get_logger(__name__).error("did not stop in time", action="supervise.late", tasks=names)
+        with contextlib.suppress(asyncio.CancelledError):
+            await waiter

@@ -1,0 +1,166 @@
+"""The wanted streams and buckets, the difference to what a server has, and how to apply it.
+
+Only the topology command (and ``up``, which runs it first) changes streams; actors bind to what is there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from nats.js import JetStreamContext
+from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
+from nats.js.errors import NotFoundError
+
+from bus.subjects import CANDLES, CLOCK, FEATURE_STATE, FEATURES, MODEL_FILES, MODELS, REJECTS, SIGNALS
+from schema.settings import Streams
+from schema.timeframes import TIMEFRAMES
+
+DUPLICATE_WINDOW: Final = 120.0  # seconds in which a message id is known; readers are idempotent beyond it
+DERIVED_MAX_AGE: Final = 7 * 86_400.0
+REJECTS_MAX_BYTES: Final = 256 * 1024**2
+BUCKET_MAX_BYTES: Final = 1024**3
+
+
+def model_name(timeframe: str) -> str:
+    """The model of a timeframe: ``M1`` → ``rf_m1``."""
+    return f"rf_{timeframe.lower()}"
+
+
+def _stream(name: str, subjects: list[str], **fields: Any) -> StreamConfig:
+    base: dict[str, Any] = {
+        "retention": RetentionPolicy.LIMITS,
+        "storage": StorageType.FILE,
+        "num_replicas": 1,
+        "duplicate_window": DUPLICATE_WINDOW,
+        "max_msgs": -1,
+        "allow_direct": True,
+        "discard": DiscardPolicy.OLD,
+    }
+    return StreamConfig(name=name, subjects=subjects, **(base | fields))
+
+
+def _key_value(bucket: str, max_bytes: int) -> StreamConfig:
+    # The stream that a NATS key-value bucket is: one value a key, rollups allowed, no deletes by sequence.
+    return _stream(
+        f"KV_{bucket}",
+        [f"$KV.{bucket}.>"],
+        max_msgs_per_subject=1,
+        max_bytes=max_bytes,
+        discard=DiscardPolicy.NEW,
+        allow_rollup_hdrs=True,
+        deny_delete=True,
+    )
+
+
+def _object_store(bucket: str, max_bytes: int) -> StreamConfig:
+    return _stream(
+        f"OBJ_{bucket}",
+        [f"$O.{bucket}.C.>", f"$O.{bucket}.M.>"],
+        max_bytes=max_bytes,
+        discard=DiscardPolicy.NEW,
+        allow_rollup_hdrs=True,
+    )
+
+
+def wanted(streams: Streams) -> list[StreamConfig]:
+    """Every stream that the system needs, buckets included."""
+    # CANDLES is the one stream that cannot be made again: full means refuse (503), never drop.
+    return [
+        _stream(
+            str(CANDLES.stream),
+            [CANDLES.wildcard],
+            max_age=streams.candles_max_age,
+            max_bytes=streams.candles_max_bytes,
+            discard=DiscardPolicy.NEW,
+            deny_delete=True,
+        ),
+        _stream(
+            str(FEATURES.stream), [FEATURES.wildcard], max_age=DERIVED_MAX_AGE, max_bytes=streams.derived_max_bytes
+        ),
+        _stream(str(SIGNALS.stream), [SIGNALS.wildcard], max_age=DERIVED_MAX_AGE, max_bytes=streams.derived_max_bytes),
+        _stream(
+            str(MODELS.stream),
+            # Each model by name: models.promote and models.rollback are requests, which a stream must not answer.
+            [MODELS.subject(model_name(timeframe)) for timeframe in TIMEFRAMES] + ["alerts.>", "backups.>", "outcomes.>"],
+            max_age=streams.events_max_age,
+            max_bytes=streams.derived_max_bytes,
+        ),
+        _stream(str(REJECTS.stream), [REJECTS.wildcard], max_age=30 * 86_400.0, max_bytes=REJECTS_MAX_BYTES),
+        _key_value(FEATURE_STATE, BUCKET_MAX_BYTES),
+        _key_value(CLOCK, BUCKET_MAX_BYTES // 16),
+        _object_store(MODEL_FILES, BUCKET_MAX_BYTES),
+    ]
+
+
+COMPARED: Final = (
+    "subjects",
+    "max_age",
+    "max_bytes",
+    "discard",
+    "storage",
+    "max_msgs_per_subject",
+    "duplicate_window",
+    "allow_direct",
+    "deny_delete",
+    "allow_rollup_hdrs",
+    "num_replicas",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One field of one stream that is not as wanted; ``field`` is ``missing`` where the stream does not exist."""
+
+    stream: str
+    field: str
+    wanted: str
+    found: str
+
+
+def _text(value: Any) -> str:
+    value = getattr(value, "value", value)
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _differences(want: StreamConfig, have: StreamConfig | None) -> list[Difference]:
+    name = str(want.name)
+    if have is None:
+        return [Difference(name, "missing", "stream", "nothing")]
+    return [
+        Difference(name, field, _text(getattr(want, field)), _text(getattr(have, field)))
+        for field in COMPARED
+        if _text(getattr(want, field) or None) != _text(getattr(have, field) or None)
+    ]
+
+
+async def _have(js: JetStreamContext, name: str) -> StreamConfig | None:
+    try:
+        return (await js.stream_info(name)).config
+    except NotFoundError:
+        return None
+
+
+async def diff(js: JetStreamContext, streams: Streams) -> list[Difference]:
+    """What is missing or different on the server; empty when all is as wanted."""
+    out: list[Difference] = []
+    for want in wanted(streams):
+        out += _differences(want, await _have(js, str(want.name)))
+    return out
+
+
+async def apply(js: JetStreamContext, streams: Streams) -> list[Difference]:
+    """Makes or updates what differs and returns what it did. Idempotent; never deletes or purges a stream."""
+    done: list[Difference] = []
+    for want in wanted(streams):
+        have = await _have(js, str(want.name))
+        differences = _differences(want, have)
+        if not differences:
+            continue
+        if have is None:
+            await js.add_stream(want)
+        else:
+            # What this module does not compare stays as the operator set it.
+            await js.update_stream(replace(have, **{field: getattr(want, field) for field in COMPARED}))
+        done += differences
+    return done

@@ -1,0 +1,232 @@
+"""The command line ``mt5``: parses, chooses the command and runs it. Whatever is heavy is imported by the command."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, NoReturn
+
+from commands.output import DONE, NO, WRONG, CommandError, complain
+
+INTERRUPTED = 130
+INNER = {"_run": "commands.up:run_child", "_demo": "commands.feed:run_demo"}  # what `up` and `demo` start
+
+DESCRIPTION = "Candles from MetaTrader 5 in, explained and replayable signals out, within milliseconds."
+EPILOG = """\
+Settings come from ./mt5.toml (or the file that MT5_CONFIG names) and from MT5_… variables, which win; `mt5 settings`
+shows what is in force. MT5_HOME (default ./var) holds all state.
+Exit codes: 0 done, 1 the answer is no, 2 wrong usage or configuration.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence; the usage is one --help away."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(WRONG, f"{self.prog}: {message[:1].lower()}{message[1:]}; `{self.prog} --help` shows the usage.\n")
+
+
+def positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f'"{text}" must be a number of at least 0')
+    return value
+
+
+def count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'"{text}" must be a whole number of at least 1')
+    return int(text)
+
+
+def parser() -> Parser:
+    """Every command with its help; ``handler`` names the function that runs it."""
+    top = Parser(
+        prog="mt5", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = top.add_subparsers(metavar="COMMAND", required=True, dest="command", parser_class=Parser)
+    _running(commands)
+    _asking(commands)
+    _mending(commands)
+    return top
+
+
+def _command(group: Any, name: str, handler: str, text: str, *, json: bool = False, **options: Any) -> Parser:
+    """A command whose help begins with ``text``; ``handler`` is ``module:function``."""
+    sentence = f"{text[:1].upper()}{text[1:]}."
+    made: Parser = group.add_parser(name, help=text, description=sentence, **options)
+    made.set_defaults(handler=handler)
+    if json:
+        made.add_argument("--json", action="store_true", help="print JSON for machines")
+    return made
+
+
+def _running(commands: Any) -> None:
+    up = _command(commands, "up", "commands.up:up", "run the servers and actors, and bring back what dies")
+    up.add_argument(
+        "actors", nargs="*", metavar="ACTOR", help="run these only: collector, features, emitter, recorder, trainer"
+    )
+    up.add_argument("--isolate", action="store_true", help="give every actor its own process")
+
+    demo = _command(
+        commands, "demo", "commands.up:demo", "`up` with a simulated terminal: history, a first model, live signals"
+    )
+    demo.add_argument("--seconds", type=positive, help="end this long after everything is ready (default: on Ctrl-C)")
+    demo.add_argument("--seed", type=int, default=7, help="the market's seed (default %(default)s)")
+    demo.add_argument("--isolate", action="store_true", help="give every actor its own process")
+
+    replay = _command(
+        commands, "replay", "commands.feed:replay_file", "post a CSV of candles to a gateway as an EA would", json=True
+    )
+    replay.add_argument(
+        "file",
+        metavar="FILE",
+        help="an export of MetaTrader 5, copy_rates columns, or timestamp,open,high,low,close,volume",
+    )
+    replay.add_argument("--symbol", required=True, metavar="S", help="the series' symbol, such as EURUSD")
+    replay.add_argument("--timeframe", required=True, metavar="TF", help="the series' timeframe, such as M1")
+    replay.add_argument(
+        "--speed",
+        type=positive,
+        default=0.0,
+        metavar="X",
+        help="times the speed of the market; 0 (default): as fast as it is taken",
+    )
+    replay.add_argument("--history", action="store_true", help="archive the candles and make no signals of them")
+    replay.add_argument("--url", help="the gateway (default: that of the running `mt5 up`)")
+
+
+def _asking(commands: Any) -> None:
+    train = _command(
+        commands, "train", "commands.train:train", "ask the trainer for a run and wait for its verdict", json=True
+    )
+    train.add_argument("--timeframe", required=True, metavar="TF", help="the timeframe to train, such as M1")
+
+    models = _groups(commands, "models", "the registry of models: list, show, promote, roll back")
+    listing = _command(models, "list", "commands.models:listing", "list the versions and their states", json=True)
+    listing.add_argument("--model", metavar="NAME", help="this model only, such as rf_m1")
+    show = _command(models, "show", "commands.models:show", "show one version: its manifest and metrics", json=True)
+    show.add_argument("version", metavar="VERSION")
+    show.add_argument("--model", metavar="NAME", help="of this model, such as rf_m1")
+    promote = _command(
+        models, "promote", "commands.models:promote", "make a version serve, by a person's decision", json=True
+    )
+    promote.add_argument("version", metavar="VERSION")
+    rollback = _command(
+        models, "rollback", "commands.models:rollback", "go back to the version that served before", json=True
+    )
+    rollback.add_argument("version", metavar="VERSION", nargs="?", help="to this one (default: the one before)")
+    for decision in (promote, rollback):
+        decision.add_argument("--model", metavar="NAME", help="of this model, where several have served")
+        decision.add_argument(
+            "--reason", required=True, metavar="TEXT", help="why; it is recorded and shown with the model"
+        )
+
+    signals = _groups(commands, "signals", "signals as they come: tail")
+    tail = _command(signals, "tail", "commands.signals:tail", "print signals as they come", json=True)
+    tail.add_argument("--symbol", metavar="S", help="of this symbol only")
+    tail.add_argument("--timeframe", metavar="TF", help="of this timeframe only")
+    tail.add_argument("--limit", type=count, metavar="N", help="end after N signals")
+
+
+def _mending(commands: Any) -> None:
+    text = "compare the wanted streams, consumers and buckets with what the server has"
+    topology = _command(commands, "topology", "commands.topology:show", text, json=True)
+    actions = topology.add_subparsers(metavar="ACTION", parser_class=Parser)
+    _command(actions, "apply", "commands.topology:apply", "make the server hold what is wanted", json=True)
+
+    _command(
+        commands, "migrate", "commands.topology:migrate", "apply the SQL migrations that the database lacks", json=True
+    )
+    _command(commands, "settings", "commands.settings:show", "print the settings in force, secrets masked", json=True)
+    _command(
+        commands,
+        "doctor",
+        "commands.doctor:doctor",
+        "find what is wrong with this installation and say how to mend it",
+        json=True,
+    )
+    bench = _command(commands, "bench", "commands.bench:bench", "run the benchmarks beside their peers", json=True)
+    bench.add_argument("--quick", action="store_true", help="fewer rounds, rougher figures")
+    bench.add_argument("names", nargs="*", metavar="NAME", help="run these benchmarks only")
+
+
+def _groups(commands: Any, name: str, text: str) -> Any:
+    group: Parser = commands.add_parser(name, help=text, description=f"{text[:1].upper()}{text[1:]}.")
+    return group.add_subparsers(metavar="ACTION", required=True, parser_class=Parser)
+
+
+def _inner(words: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command that is not for people and in no help."""
+    inner = Parser(prog=f"mt5 {words[0]}")
+    inner.set_defaults(handler=INNER[words[0]])
+    inner.add_argument("actors", nargs="*")
+    inner.add_argument("--seconds", type=positive)
+    inner.add_argument("--seed", type=int)
+    return inner.parse_args(words[1:])
+
+
+def run(args: argparse.Namespace) -> int:
+    """Imports and runs the chosen command; a coroutine runs on uvloop."""
+    module, _, name = args.handler.partition(":")
+    handler: Callable[[argparse.Namespace], int | Coroutine[Any, Any, int]] = getattr(
+        importlib.import_module(module), name
+    )
+    answer = handler(args)
+    if isinstance(answer, int):
+        return answer
+    import asyncio
+
+    factory = None
+    if sys.platform != "win32":
+        import uvloop
+
+        factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as loop:
+        return loop.run(answer)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = _inner(words) if words and words[0] in INNER else parser().parse_args(words)
+    try:
+        return run(args)
+    except CommandError as error:
+        complain(str(error))
+        return error.code
+    except KeyboardInterrupt:
+        return DONE if args.handler.endswith((":up", ":demo", ":tail")) else INTERRUPTED
+    except BrokenPipeError:
+        # The reader went away (`| head`): that is its right, and Python must not complain at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except Exception as error:
+        return _failed(error)
+
+
+def _failed(error: Exception) -> int:
+    """An error that no command foresaw: a sentence for the user, the traceback in the log."""
+    from schema.load import SettingsError
+
+    if isinstance(error, SettingsError):
+        for problem in error.problems:
+            complain(problem)
+        return WRONG
+    from commands.output import keep_traceback
+
+    where = keep_traceback(error)
+    complain(
+        f"unexpected {type(error).__name__}: {' '.join(str(error).split()) or 'no message'} (details are in {where})."
+    )
+    return NO
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""Every setting of the system, with its default: one frozen tree, checked whole at start.
+
+Values come from ``mt5.toml`` and from the environment, which wins. A setting's variable is ``MT5_`` plus its path in
+capitals (``[gateway] port`` is ``MT5_GATEWAY_PORT``); ``ALIASES`` lists the shorter, documented names.
+Durations are seconds, sizes bytes, unless the name says otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+from msgspec import Meta, Struct
+
+Port = Annotated[int, Meta(ge=0, le=65_535)]
+Positive = Annotated[float, Meta(gt=0)]
+Count = Annotated[int, Meta(ge=1)]
+
+ALIASES: Final[dict[str, str]] = {
+    "MT5_HOME": "home",
+    "MT5_NATS_URL": "nats.url",
+    "MT5_DATABASE_URL": "database.url",
+    "MT5_DATABASE_DIRECT_URL": "database.direct_url",
+    "MT5_API_KEYS": "gateway.api_keys",
+}
+
+
+class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every section: immutable, and an unknown key is an error."""
+
+
+class Nats(Section, frozen=True):
+    url: str | None = None  # None: an embedded nats-server under home
+    urls: dict[str, str] = {}  # an actor's own URL (its own credentials), by the actor's name; others use url
+    ping_interval: Positive = 10.0  # with two unanswered pings a frozen server is noticed within 30 s
+    publish_timeout: Positive = 1.5  # an answer to a POST is due within 2 s, a 503 included
+
+
+class Database(Section, frozen=True):
+    url: str | None = None  # None: an embedded PostgreSQL under home; may be PgBouncer in transaction mode
+    direct_url: str | None = None  # migrations, dump and restore; None: url
+    pool_size: Count = 4
+
+
+class Gateway(Section, frozen=True):
+    host: str = "127.0.0.1"
+    port: Port = 8001
+    api_keys: tuple[str, ...] = ()
+    rate_limit: float | None = None  # candles a second and client; None: no limit on loopback, 50,000 elsewhere
+    body_timeout: Positive = 5.0
+    max_body: Count = 1_048_576
+    max_candles: Count = 5_000
+    recent_signals: Count = 10_000  # newest signals kept in memory for GET /signals
+
+
+class Streams(Section, frozen=True):
+    candles_max_age: Positive = 7 * 86_400.0
+    candles_max_bytes: Count = 2 * 1024**3
+    derived_max_bytes: Count = 2 * 1024**3
+    events_max_age: Positive = 400 * 86_400.0
+
+
+class Features(Section, frozen=True):
+    snapshot_seconds: Positive = 10.0
+    max_series: Count = 20_000
+
+
+class Recorder(Section, frozen=True):
+    batch_rows: Count = 5_000
+    linger: Positive = 0.05  # how long a batch waits for more rows
+
+
+class Trainer(Section, frozen=True):
+    schedule: str | None = None  # "HH:MM" UTC every day, or "Sat HH:MM"; None: only on request
+    timeframes: tuple[str, ...] = ("M1",)
+    min_rows: Count = 5_000  # ready rows a symbol
+    max_rows: Count = 500_000  # newest rows a symbol that a training reads
+    trees: Count = 200
+    max_depth: Count = 8
+    min_samples_leaf: Count = 50
+    folds: Count = 5
+    seed: int = 7
+    expire_days: Count = 90  # of market time after the newest row it was trained on
+
+
+class Symbol(Section, frozen=True):
+    point: float | None = None
+    spread: float | None = None  # points, where the feed's spread is unknown (0)
+    allow_non_positive: bool = False
+    priority: tuple[str, ...] = ()
+
+
+class Log(Section, frozen=True):
+    level: str = "info"
+    json: bool = False
+
+
+class Settings(Section, frozen=True):
+    home: str = "var"
+    nats: Nats = Nats()
+    database: Database = Database()
+    gateway: Gateway = Gateway()
+    streams: Streams = Streams()
+    features: Features = Features()
+    recorder: Recorder = Recorder()
+    trainer: Trainer = Trainer()
+    symbols: dict[str, Symbol] = {}
+    log: Log = Log()
+
+
+# Never printed: `settings` shows these as "***", and URLs lose their password.
+SECRETS: Final[frozenset[str]] = frozenset({"gateway.api_keys"})

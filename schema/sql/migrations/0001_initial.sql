@@ -1,0 +1,180 @@
+-- Applied migrations; bus/migrate.py writes here, in the migration's own transaction.
+CREATE TABLE schema_migrations (
+    version text PRIMARY KEY,
+    applied_at timestamptz NOT NULL DEFAULT now()
+);
+
+-- One row a bar: its current version. Prices are double precision, as the feed gives them: a round trip keeps every bit.
+CREATE TABLE market_data (
+    ts timestamptz NOT NULL,
+    symbol text NOT NULL,
+    timeframe text NOT NULL,
+    open double precision NOT NULL,
+    high double precision NOT NULL,
+    low double precision NOT NULL,
+    close double precision NOT NULL,
+    volume double precision NOT NULL,
+    spread double precision NOT NULL,
+    real_volume double precision NOT NULL DEFAULT 0,
+    revision integer NOT NULL DEFAULT 0,
+    source text,
+    ts_source text NOT NULL DEFAULT 'utc',
+    received_at timestamptz NOT NULL,
+    candles_seq bigint NOT NULL,
+    PRIMARY KEY (symbol, timeframe, ts)
+);
+
+-- The versions that market_data held before; the trigger below fills it, so that no writer can forget to.
+CREATE TABLE candle_revisions (
+    ts timestamptz NOT NULL,
+    symbol text NOT NULL,
+    timeframe text NOT NULL,
+    open double precision NOT NULL,
+    high double precision NOT NULL,
+    low double precision NOT NULL,
+    close double precision NOT NULL,
+    volume double precision NOT NULL,
+    spread double precision NOT NULL,
+    real_volume double precision NOT NULL,
+    revision integer NOT NULL,
+    source text,
+    ts_source text NOT NULL,
+    received_at timestamptz NOT NULL,
+    candles_seq bigint NOT NULL,
+    replaced_by_seq bigint NOT NULL,
+    PRIMARY KEY (symbol, timeframe, ts, revision, candles_seq)
+);
+
+CREATE FUNCTION keep_candle_revision() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO candle_revisions
+        (ts, symbol, timeframe, open, high, low, close, volume, spread, real_volume, revision, source, ts_source,
+         received_at, candles_seq, replaced_by_seq)
+    VALUES
+        (OLD.ts, OLD.symbol, OLD.timeframe, OLD.open, OLD.high, OLD.low, OLD.close, OLD.volume, OLD.spread,
+         OLD.real_volume, OLD.revision, OLD.source, OLD.ts_source, OLD.received_at, OLD.candles_seq, NEW.candles_seq)
+    ON CONFLICT DO NOTHING;
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER keep_candle_revision AFTER UPDATE ON market_data FOR EACH ROW
+WHEN (
+    (OLD.open, OLD.high, OLD.low, OLD.close, OLD.volume, OLD.spread, OLD.real_volume, OLD.revision)
+    IS DISTINCT FROM
+    (NEW.open, NEW.high, NEW.low, NEW.close, NEW.volume, NEW.spread, NEW.real_volume, NEW.revision)
+)
+EXECUTE FUNCTION keep_candle_revision();
+
+-- fwd_seq is the CANDLES sequence that fwd_ret_5 comes from: a label is known five bars after its row, and has a life
+-- of its own. The fill factor leaves room for that one later update to stay on its page.
+CREATE TABLE features (
+    ts timestamptz NOT NULL,
+    symbol text NOT NULL,
+    timeframe text NOT NULL,
+    close double precision NOT NULL,
+    volume double precision NOT NULL,
+    spread double precision NOT NULL,
+    rsi double precision,
+    macd double precision,
+    macd_signal double precision,
+    macd_hist double precision,
+    atr double precision,
+    ma60 double precision,
+    ret_1 double precision,
+    fwd_ret_5 double precision,
+    ready boolean NOT NULL,
+    bar integer NOT NULL,
+    candle_revision integer NOT NULL,
+    candles_seq bigint NOT NULL,
+    fwd_seq bigint NOT NULL,
+    PRIMARY KEY (symbol, timeframe, ts)
+) WITH (fillfactor = 90);
+
+-- What a training may use: ready rows whose label is known; label is the sign of fwd_ret_5 (0 is a tie).
+CREATE VIEW trainset AS
+SELECT
+    ts, symbol, timeframe, close, volume, spread, rsi, macd, macd_signal, macd_hist, atr, ma60, ret_1, fwd_ret_5,
+    ready, bar, candle_revision, candles_seq, sign(fwd_ret_5)::smallint AS label
+FROM features
+WHERE ready AND fwd_ret_5 IS NOT NULL;
+
+DO $$
+DECLARE
+    tf text;
+BEGIN
+    FOREACH tf IN ARRAY ARRAY[
+        'M1', 'M2', 'M3', 'M4', 'M5', 'M6', 'M10', 'M12', 'M15', 'M20', 'M30',
+        'H1', 'H2', 'H3', 'H4', 'H6', 'H8', 'H12', 'D1', 'W1', 'MN1'
+    ] LOOP
+        EXECUTE format(
+            'CREATE VIEW %I AS SELECT ts, symbol, timeframe, close, volume, spread, rsi, macd, macd_signal, macd_hist, '
+            'atr, ma60, ret_1, fwd_ret_5, ready, bar, candle_revision, candles_seq FROM features WHERE timeframe = %L',
+            'features_' || lower(tf), tf
+        );
+        EXECUTE format(
+            'CREATE VIEW %I AS SELECT * FROM trainset WHERE timeframe = %L', 'trainset_' || lower(tf), tf
+        );
+    END LOOP;
+END
+$$;
+
+-- ts stands in the key because a hypertable's key must hold its time; id alone is unique already.
+CREATE TABLE model_signals (
+    ts timestamptz NOT NULL,
+    symbol text NOT NULL,
+    timeframe text NOT NULL,
+    model_name text NOT NULL,
+    threshold double precision,
+    prob_up double precision,
+    label smallint NOT NULL,
+    created_at timestamptz NOT NULL,
+    id text NOT NULL,
+    model_version text,
+    abstain text,
+    candle_revision integer NOT NULL,
+    candles_seq bigint NOT NULL,
+    features_hash text NOT NULL,
+    expires_at timestamptz NOT NULL,
+    supersedes text,
+    superseded_at timestamptz,
+    PRIMARY KEY (id, ts)
+);
+CREATE INDEX model_signals_series ON model_signals (timeframe, symbol, ts DESC);
+CREATE INDEX model_signals_newest ON model_signals (timeframe, ts DESC);
+
+CREATE TABLE model_metrics (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    model_name text NOT NULL,
+    metrics jsonb NOT NULL
+);
+CREATE INDEX model_metrics_newest ON model_metrics (model_name, created_at DESC);
+
+-- from_seq is the first CANDLES sequence that a version serves; reason and "by" say why it is in its state.
+CREATE TABLE models (
+    model_name text NOT NULL,
+    version text NOT NULL,
+    timeframe text NOT NULL,
+    state text NOT NULL,
+    created_at timestamptz NOT NULL,
+    manifest jsonb NOT NULL,
+    from_seq bigint,
+    activated_at timestamptz,
+    reason text NOT NULL DEFAULT '',
+    by text NOT NULL DEFAULT 'trainer',
+    PRIMARY KEY (model_name, version)
+);
+
+-- How far a reader of a derived stream has stored: its place in that stream, and in CANDLES. stream_created and
+-- stored_at tell whether the message at stream_seq is still the one that was read.
+CREATE TABLE cursors (
+    reader text NOT NULL,
+    partition integer NOT NULL DEFAULT 0,
+    candles_seq bigint NOT NULL,
+    stream_seq bigint NOT NULL,
+    stream_created timestamptz NOT NULL,
+    stored_at timestamptz NOT NULL,
+    updated_at timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (reader, partition)
+);

@@ -1,0 +1,217 @@
+-- Every statement that the actors run, by name; parameters are listed in the order of $1, $2, …
+-- Upserts take columns as arrays (one statement a batch, and it survives PgBouncer's transaction mode), never go back in
+-- CANDLES sequence and leave an unchanged row alone. No array may hold one key twice: the batch is reduced before.
+
+-- name: ping
+SELECT 1;
+
+-- --- migrations -------------------------------------------------------------------------------------------------
+
+-- name: migrations_table_exists
+SELECT to_regclass('schema_migrations') IS NOT NULL;
+
+-- name: applied_migrations
+SELECT version FROM schema_migrations ORDER BY version;
+
+-- Held until the transaction's end, so that two migrating processes take turns; works through PgBouncer as well.
+-- name: lock_migrations
+SELECT pg_advisory_xact_lock(7305813294611017);
+
+-- name: record_migration
+-- version
+INSERT INTO schema_migrations (version) VALUES ($1);
+
+-- --- recorder ---------------------------------------------------------------------------------------------------
+
+-- name: load_cursor
+-- reader, partition
+SELECT candles_seq, stream_seq, stream_created, stored_at FROM cursors WHERE reader = $1 AND partition = $2;
+
+-- First in the recorder's transaction: the row's lock makes two recorders take turns. A stream made anew restarts the
+-- CANDLES sequence too, which is the safe direction: what lies above it is not taken as archived.
+-- name: move_cursor
+-- reader, partition, candles_seq, stream_seq, stream_created, stored_at
+INSERT INTO cursors AS c (reader, partition, candles_seq, stream_seq, stream_created, stored_at)
+VALUES ($1, $2, $3, $4, $5, $6)
+ON CONFLICT (reader, partition) DO UPDATE SET
+    candles_seq = CASE WHEN c.stream_created = excluded.stream_created
+        THEN greatest(c.candles_seq, excluded.candles_seq) ELSE excluded.candles_seq END,
+    stream_seq = excluded.stream_seq,
+    stream_created = excluded.stream_created,
+    stored_at = excluded.stored_at,
+    updated_at = now();
+
+-- A version whose values and revision are stored already keeps the sequence, source and time it came with.
+-- name: upsert_market_data
+-- ts[], symbol[], timeframe[], open[], high[], low[], close[], volume[], spread[], real_volume[], revision[], source[],
+-- ts_source[], received_at[], candles_seq[]
+INSERT INTO market_data AS m
+    (ts, symbol, timeframe, open, high, low, close, volume, spread, real_volume, revision, source, ts_source,
+     received_at, candles_seq)
+SELECT * FROM unnest(
+    $1::timestamptz[], $2::text[], $3::text[], $4::float8[], $5::float8[], $6::float8[], $7::float8[], $8::float8[],
+    $9::float8[], $10::float8[], $11::int4[], $12::text[], $13::text[], $14::timestamptz[], $15::int8[]
+)
+ON CONFLICT (symbol, timeframe, ts) DO UPDATE SET
+    open = excluded.open, high = excluded.high, low = excluded.low, close = excluded.close,
+    volume = excluded.volume, spread = excluded.spread, real_volume = excluded.real_volume,
+    revision = excluded.revision, source = excluded.source, ts_source = excluded.ts_source,
+    received_at = excluded.received_at, candles_seq = excluded.candles_seq
+WHERE m.candles_seq <= excluded.candles_seq
+    AND (m.open, m.high, m.low, m.close, m.volume, m.spread, m.real_volume, m.revision) IS DISTINCT FROM
+        (excluded.open, excluded.high, excluded.low, excluded.close, excluded.volume, excluded.spread,
+         excluded.real_volume, excluded.revision);
+
+-- A newer sequence is written even over equal values: otherwise a repeat of what came between could bring old values
+-- back. The label goes by its own sequence (fwd_seq); at the same sequence null means "not yet known" and gives way.
+-- name: upsert_features
+-- ts[], symbol[], timeframe[], close[], volume[], spread[], rsi[], macd[], macd_signal[], macd_hist[], atr[], ma60[],
+-- ret_1[], fwd_ret_5[], ready[], bar[], candle_revision[], candles_seq[], fwd_seq[]
+INSERT INTO features AS f
+    (ts, symbol, timeframe, close, volume, spread, rsi, macd, macd_signal, macd_hist, atr, ma60, ret_1, fwd_ret_5,
+     ready, bar, candle_revision, candles_seq, fwd_seq)
+SELECT * FROM unnest(
+    $1::timestamptz[], $2::text[], $3::text[], $4::float8[], $5::float8[], $6::float8[], $7::float8[], $8::float8[],
+    $9::float8[], $10::float8[], $11::float8[], $12::float8[], $13::float8[], $14::float8[], $15::bool[], $16::int4[],
+    $17::int4[], $18::int8[], $19::int8[]
+)
+ON CONFLICT (symbol, timeframe, ts) DO UPDATE SET
+    close = excluded.close, volume = excluded.volume, spread = excluded.spread, rsi = excluded.rsi,
+    macd = excluded.macd, macd_signal = excluded.macd_signal, macd_hist = excluded.macd_hist, atr = excluded.atr,
+    ma60 = excluded.ma60, ret_1 = excluded.ret_1,
+    fwd_ret_5 = CASE
+        WHEN excluded.fwd_seq > f.fwd_seq THEN excluded.fwd_ret_5
+        WHEN excluded.fwd_seq = f.fwd_seq THEN coalesce(excluded.fwd_ret_5, f.fwd_ret_5)
+        ELSE f.fwd_ret_5 END,
+    ready = excluded.ready, bar = excluded.bar, candle_revision = excluded.candle_revision,
+    candles_seq = excluded.candles_seq, fwd_seq = greatest(excluded.fwd_seq, f.fwd_seq)
+WHERE f.candles_seq < excluded.candles_seq
+    OR (f.candles_seq = excluded.candles_seq
+        AND (f.close, f.volume, f.spread, f.rsi, f.macd, f.macd_signal, f.macd_hist, f.atr, f.ma60, f.ret_1, f.ready,
+             f.bar, f.candle_revision,
+             CASE WHEN f.fwd_seq > excluded.fwd_seq THEN NULL ELSE f.fwd_ret_5 END) IS DISTINCT FROM
+            (excluded.close, excluded.volume, excluded.spread, excluded.rsi, excluded.macd, excluded.macd_signal,
+             excluded.macd_hist, excluded.atr, excluded.ma60, excluded.ret_1, excluded.ready, excluded.bar,
+             excluded.candle_revision,
+             CASE WHEN f.fwd_seq > excluded.fwd_seq THEN NULL
+                  WHEN f.fwd_seq = excluded.fwd_seq THEN coalesce(excluded.fwd_ret_5, f.fwd_ret_5)
+                  ELSE excluded.fwd_ret_5 END));
+
+-- name: apply_fills
+-- ts[], symbol[], timeframe[], fwd_ret_5[], fwd_seq[]
+UPDATE features AS f SET fwd_ret_5 = x.fwd_ret_5, fwd_seq = x.fwd_seq
+FROM unnest($1::timestamptz[], $2::text[], $3::text[], $4::float8[], $5::int8[])
+    AS x (ts, symbol, timeframe, fwd_ret_5, fwd_seq)
+WHERE f.symbol = x.symbol AND f.timeframe = x.timeframe AND f.ts = x.ts
+    AND (f.fwd_seq < x.fwd_seq
+        OR (f.fwd_seq = x.fwd_seq AND x.fwd_ret_5 IS NOT NULL AND f.fwd_ret_5 IS DISTINCT FROM x.fwd_ret_5));
+
+-- One id is one decision: the same id from a later CANDLES sequence is the decision made again, and stands anew.
+-- name: upsert_signals
+-- ts[], symbol[], timeframe[], model_name[], threshold[], prob_up[], label[], created_at[], id[], model_version[],
+-- abstain[], candle_revision[], candles_seq[], features_hash[], expires_at[], supersedes[]
+INSERT INTO model_signals AS s
+    (ts, symbol, timeframe, model_name, threshold, prob_up, label, created_at, id, model_version, abstain,
+     candle_revision, candles_seq, features_hash, expires_at, supersedes)
+SELECT * FROM unnest(
+    $1::timestamptz[], $2::text[], $3::text[], $4::text[], $5::float8[], $6::float8[], $7::int2[], $8::timestamptz[],
+    $9::text[], $10::text[], $11::text[], $12::int4[], $13::int8[], $14::text[], $15::timestamptz[], $16::text[]
+)
+ON CONFLICT (id, ts) DO UPDATE SET
+    threshold = excluded.threshold, prob_up = excluded.prob_up, label = excluded.label,
+    created_at = excluded.created_at, abstain = excluded.abstain, candle_revision = excluded.candle_revision,
+    candles_seq = excluded.candles_seq, expires_at = excluded.expires_at, supersedes = excluded.supersedes,
+    superseded_at = NULL
+WHERE s.candles_seq < excluded.candles_seq;
+
+-- name: supersede_signals
+-- id[], ts[], superseded_at[], candles_seq[] of the superseding signals
+UPDATE model_signals AS s SET superseded_at = x.superseded_at
+FROM unnest($1::text[], $2::timestamptz[], $3::timestamptz[], $4::int8[]) AS x (id, ts, superseded_at, candles_seq)
+WHERE s.id = x.id AND s.ts = x.ts AND s.candles_seq <= x.candles_seq AND s.superseded_at IS NULL;
+
+-- --- HTTP reads -------------------------------------------------------------------------------------------------
+
+-- name: candles_from
+-- symbol, timeframe, from, to or null, limit; ascending, both ends included
+SELECT ts, open, high, low, close, volume, spread, real_volume
+FROM market_data
+WHERE symbol = $1 AND timeframe = $2 AND ts >= $3 AND ts <= coalesce($4::timestamptz, 'infinity')
+ORDER BY ts LIMIT $5;
+
+-- name: candles_newest
+-- symbol, timeframe, to or null, limit; the newest, ascending
+SELECT * FROM (
+    SELECT ts, open, high, low, close, volume, spread, real_volume
+    FROM market_data
+    WHERE symbol = $1 AND timeframe = $2 AND ts <= coalesce($3::timestamptz, 'infinity')
+    ORDER BY ts DESC LIMIT $4
+) AS newest
+ORDER BY ts;
+
+-- name: features_from
+-- symbol, timeframe, from, to or null, limit; ascending, both ends included
+SELECT f.ts, m.open, m.high, m.low, f.close, f.volume, f.spread, m.real_volume, f.rsi, f.macd, f.macd_signal,
+    f.macd_hist, f.atr, f.ma60, f.ret_1, f.fwd_ret_5, f.bar, f.ready, f.candle_revision AS revision
+FROM features AS f JOIN market_data AS m USING (symbol, timeframe, ts)
+WHERE f.symbol = $1 AND f.timeframe = $2 AND f.ts >= $3 AND f.ts <= coalesce($4::timestamptz, 'infinity')
+ORDER BY f.ts LIMIT $5;
+
+-- name: features_newest
+-- symbol, timeframe, to or null, limit; the newest, ascending
+SELECT * FROM (
+    SELECT f.ts, m.open, m.high, m.low, f.close, f.volume, f.spread, m.real_volume, f.rsi, f.macd, f.macd_signal,
+        f.macd_hist, f.atr, f.ma60, f.ret_1, f.fwd_ret_5, f.bar, f.ready, f.candle_revision AS revision
+    FROM features AS f JOIN market_data AS m USING (symbol, timeframe, ts)
+    WHERE f.symbol = $1 AND f.timeframe = $2 AND f.ts <= coalesce($3::timestamptz, 'infinity')
+    ORDER BY f.ts DESC LIMIT $4
+) AS newest
+ORDER BY ts;
+
+-- name: signals_newest
+-- timeframe, symbol or null, since (a bar's time) or null, limit; newest first
+SELECT id, ts, symbol, timeframe, model_name, model_version, threshold, prob_up, label, abstain, candle_revision,
+    candles_seq, features_hash, created_at, expires_at, supersedes
+FROM model_signals
+WHERE timeframe = $1 AND ($2::text IS NULL OR symbol = $2) AND ts >= coalesce($3::timestamptz, '-infinity')
+ORDER BY ts DESC, candles_seq DESC, id LIMIT $4;
+
+-- --- models -----------------------------------------------------------------------------------------------------
+
+-- name: list_models
+-- model_name or null; newest version first
+SELECT model_name, version, timeframe, state, created_at, from_seq, activated_at, reason, by, manifest::text AS manifest
+FROM models WHERE $1::text IS NULL OR model_name = $1
+ORDER BY model_name, version DESC;
+
+-- A known version keeps its state: set_model_state alone changes it.
+-- name: upsert_model
+-- model_name, version, timeframe, state, created_at, manifest (JSON text)
+INSERT INTO models (model_name, version, timeframe, state, created_at, manifest)
+VALUES ($1, $2, $3, $4, $5, $6::text::jsonb)
+ON CONFLICT (model_name, version) DO UPDATE SET
+    timeframe = excluded.timeframe, created_at = excluded.created_at, manifest = excluded.manifest;
+
+-- name: set_model_state
+-- model_name, version, state, from_seq or null (kept), activated_at or null (kept), reason, by
+UPDATE models SET
+    state = $3, from_seq = coalesce($4::int8, from_seq), activated_at = coalesce($5::timestamptz, activated_at),
+    reason = $6, by = $7
+WHERE model_name = $1 AND version = $2;
+
+-- name: insert_model_metrics
+-- created_at, model_name, metrics (JSON text)
+INSERT INTO model_metrics (created_at, model_name, metrics) VALUES ($1, $2, $3::text::jsonb) RETURNING id;
+
+-- --- trainer ----------------------------------------------------------------------------------------------------
+
+-- name: trainset_symbols
+-- timeframe
+SELECT symbol, count(*) AS rows, min(ts) AS first_ts, max(ts) AS last_ts
+FROM trainset WHERE timeframe = $1 GROUP BY symbol ORDER BY symbol;
+
+-- name: trainset_rows
+-- timeframe, symbol, before (exclusive), limit; newest first, read on with the last row's ts
+SELECT ts, close, volume, spread, rsi, macd, macd_signal, macd_hist, atr, ma60, ret_1, fwd_ret_5
+FROM trainset WHERE timeframe = $1 AND symbol = $2 AND ts < $3
+ORDER BY ts DESC LIMIT $4;
