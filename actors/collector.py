@@ -260,7 +260,7 @@ class Collector:
                 while len(out) < most and not reader.caught_up:
                     delivery = await reader.next(timeout=2.0)
                     out.append((delivery.stream_seq, delivery.message))
-        except (NatsError, TimeoutError) as error:
+        except (NatsError, StreamReplaced) as error:
             raise BusUnavailable(f"NATS did not answer in time ({type(error).__name__}).") from error
         return out
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -80,7 +80,7 @@ class Bus:
         )
         self.settings = settings
         self._reconnected: list[Callable[[], None]] = []
-        self._closing: list[Callable[[], Awaitable[None]]] = []
+        self._closed: list[bool] = []
 
     @classmethod
     async def connect(cls, url: str, *, name: str, settings: Nats | None = None, patience: float = 10.0) -> Bus:
@@ -95,6 +95,7 @@ class Bus:
         loop = asyncio.get_running_loop()
         refused: asyncio.Future[str] = loop.create_future()
         last_error = "no answer"
+        closing: list[bool] = []  # filled by close(): a disconnect is no news then
 
         async def on_error(error: Exception) -> None:
             nonlocal last_error
@@ -104,7 +105,8 @@ class Bus:
             log.warning("nats error", action="bus.error", client=name, error=last_error)
 
         async def on_disconnect() -> None:
-            log.warning("nats disconnected", action="bus.disconnected", client=name)
+            if not nc.is_closed and not closing:
+                log.warning("nats disconnected", action="bus.disconnected", client=name)
 
         async def on_reconnect() -> None:
             log.info("nats reconnected", action="bus.reconnected", client=name)
@@ -150,7 +152,7 @@ class Bus:
             await nc.close()
             raise BusTooOld(f"nats-server {version.major}.{version.minor} is too old: 2.12 or newer is needed.")
         bus = cls(nc, settings)
-        bus._reconnected = listeners
+        bus._reconnected, bus._closed = listeners, closing
         return bus
 
     @property
@@ -161,9 +163,6 @@ class Bus:
         """Calls ``listener`` after every reconnect; returns the way to stop that."""
         self._reconnected.append(listener)
         return lambda: self._reconnected.remove(listener)
-
-    def on_close(self, closer: Callable[[], Awaitable[None]]) -> None:
-        self._closing.append(closer)
 
     async def publish(
         self, channel: Channel[M], message: M, *tokens: str, msg_id: str, headers: Mapping[str, str] | None = None
@@ -278,22 +277,27 @@ class Bus:
         return answer.data
 
     async def put_object(self, name: str, data: bytes) -> None:
-        store = await self.js.object_store(MODEL_FILES)
-        await store.put(name, data)
+        """Stores a model's file. Raises BusUnavailable."""
+        try:
+            store = await self.js.object_store(MODEL_FILES)
+            await store.put(name, data)
+        except (NatsError, APIError) as error:
+            raise BusUnavailable(f"NATS did not store {name} ({type(error).__name__}: {error}).") from error
 
     async def get_object(self, name: str) -> bytes:
-        """Raises KeyError where there is no such object."""
-        store = await self.js.object_store(MODEL_FILES)
+        """A model's file. Raises KeyError where there is no such object, BusUnavailable where nobody answers."""
         try:
+            store = await self.js.object_store(MODEL_FILES)
             result = await store.get(name)
         except (ObjectNotFoundError, NotFoundError) as error:
             raise KeyError(name) from error
+        except (NatsError, APIError) as error:
+            raise BusUnavailable(f"NATS did not send {name} ({type(error).__name__}: {error}).") from error
         return bytes(result.data or b"")
 
     async def close(self, budget: float = 3.0) -> None:
         """Flushes what is written and closes, within ``budget`` seconds."""
-        for closer in self._closing:
-            await closer()
+        self._closed.append(True)
         try:
             async with asyncio.timeout(budget):
                 await self.nc.flush(timeout=max(1, int(budget)))

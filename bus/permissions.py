@@ -61,8 +61,14 @@ def _name(channel: Channel) -> str:  # type: ignore[type-arg]
     return str(channel.stream)
 
 
-# What every actor may do: answer people (the NATS CLI's inboxes and the operator's) and park rejects of its own.
-_ANSWER: Final = ("_INBOX.>", f"_INBOX_{OPERATOR}.>", "_INBOX_trainer.>")
+# What every actor may do: answer people (the NATS CLI's inboxes and the operator's) and the actors that ask it, and
+# learn which stream holds a subject, which nats-py asks before it reads a bucket.
+_EVERYONE: Final = (
+    "_INBOX.>",
+    f"_INBOX_{OPERATOR}.>",
+    "_INBOX_collector.>",
+    f"{API}.STREAM.NAMES",
+)
 
 _PUBLISH: Final[dict[str, tuple[str, ...]]] = {
     "collector": (
@@ -104,7 +110,7 @@ def users() -> list[User]:
     actors = [
         User(
             name,
-            (*publish, f"{REJECTS.prefix}.{'candles' if name == 'collector' else name}", *_ANSWER),
+            (*publish, f"{REJECTS.prefix}.{'candles' if name == 'collector' else name}", *_EVERYONE),
             (f"_INBOX_{name}.>", "$SRV.>", *_SUBSCRIBE[name]),
         )
         for name, publish in _PUBLISH.items()

@@ -27,6 +27,8 @@ COMMAND_TIMEOUT: Final = 60.0  # a statement that takes longer counts as an outa
 RETRY_EVERY: Final = 0.2  # seconds between the tries of wait_until_up
 CLOSE_BUDGET: Final = 2.0  # seconds that connections in use have at the stop
 
+# asyncpg's internal error is what comes of using a connection whose server has said goodbye but not yet hung up.
+_BROKEN: Final = (OSError, TimeoutError, asyncpg.InternalClientError)
 _REFUSALS: Final = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, asyncpg.ProgramLimitExceededError)
 _DEFECTS: Final[type[Exception]] = asyncpg.SyntaxOrAccessError
 
@@ -120,8 +122,8 @@ class Store:
         except asyncio.CancelledError:
             _cut(connection)
             raise
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
-            if isinstance(error, OSError | TimeoutError):
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, *_BROKEN) as error:
+            if isinstance(error, _BROKEN):
                 _cut(connection)
             raise self._translated(error) from error
         finally:
@@ -136,7 +138,7 @@ class Store:
             await transaction.start()
             try:
                 yield connection
-            except (asyncio.CancelledError, OSError, TimeoutError):
+            except (asyncio.CancelledError, *_BROKEN):
                 _cut(connection)
                 raise
             except BaseException:
@@ -169,6 +171,12 @@ class Store:
     ) -> tuple[Candle, ...]:
         """Ascending, both ends included: the first ``limit`` from ``start`` on, or the newest ``limit`` without it."""
         return _structs(Candle, await self._span("candles", symbol, timeframe, start, end, limit))
+
+    async def candles_before(self, symbol: str, timeframe: str, candles_seq: int) -> tuple[tuple[Candle, int], ...]:
+        """Every bar of a series, ascending, with its revision, as it was before that CANDLES sequence."""
+        rows = await self.fetch("candles_before", symbol, timeframe, candles_seq)
+        fields = Candle.__struct_fields__
+        return tuple((Candle(**{name: row[name] for name in fields}), row["revision"]) for row in rows)
 
     async def features(
         self, symbol: str, timeframe: str, *, start: datetime | None = None, end: datetime | None = None, limit: int

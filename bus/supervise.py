@@ -56,16 +56,29 @@ class Actor(Protocol):
 
 
 async def serve(bus: Bus, actor: str, description: str, endpoints: Mapping[str, Endpoint] | None = None) -> Service:
-    """Makes an actor a NATS micro service, so that ``nats micro ls`` shows it; endpoints are keyed by subject."""
+    """Makes an actor a NATS micro service, so that ``nats micro ls`` shows it; endpoints are keyed by subject.
+
+    Each request runs as a task of its own: a long one keeps nobody waiting, and an endpoint decides itself what it
+    does with a second request.
+    """
+    answering: set[asyncio.Task[None]] = set()
+
+    async def respond(request: Request, endpoint: Endpoint) -> None:
+        log = structlog.get_logger(__name__)
+        try:
+            await request.respond(await endpoint(request.data))
+        except NatsError as error:
+            log.warning("answer not sent", action="serve.answer", subject=request.subject, error=type(error).__name__)
+        except Exception:
+            log.exception("request failed", action="serve.failed", subject=request.subject)
+            with contextlib.suppress(NatsError):
+                await request.respond_error("500", "The actor failed to answer this: its log has the details.")
 
     def handler(endpoint: Endpoint) -> Callable[[Request], Coroutine[Any, Any, None]]:
         async def handle(request: Request) -> None:
-            try:
-                await request.respond(await endpoint(request.data))
-            except NatsError as error:
-                structlog.get_logger(__name__).warning(
-                    "answer not sent", action="serve.answer", subject=request.subject, error=type(error).__name__
-                )
+            task = asyncio.create_task(respond(request, endpoint), name=f"request-{request.subject}")
+            answering.add(task)
+            task.add_done_callback(answering.discard)
 
         return handle
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from commands.places import find
 from commands.settings import Loaded, read
+from schema.settings import Log
 
 
 async def replay_file(args: argparse.Namespace) -> int:
@@ -30,8 +31,10 @@ async def replay_file(args: argparse.Namespace) -> int:
 
 async def run_demo(args: argparse.Namespace) -> int:
     """The program that ``demo`` runs beside the actors once they are ready; SIGTERM ends it."""
+    from bus import logs
     from commands.demo import demo
 
+    logs.configure(Log(level="error"))  # the demo tells its own story
     loaded = read()
     places = find(loaded)
     stop = asyncio.Event()

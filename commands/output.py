@@ -1,4 +1,4 @@
-"""How commands speak: tables and JSON on stdout, progress and one-sentence errors on stderr, logs as events."""
+"""How commands speak: tables and JSON on stdout, progress and one-sentence errors on stderr."""
 
 from __future__ import annotations
 
@@ -52,37 +52,6 @@ def stderr_console() -> Console:
     from rich.console import Console
 
     return Console(stderr=True)
-
-
-def configure_logging(level: str, *, json: bool) -> None:
-    """Structured events on stderr: one line each, as JSON or as key=value."""
-    import logging
-
-    import structlog
-
-    number = logging.getLevelNamesMapping()[level.upper()]
-    logging.basicConfig(
-        level=max(number, logging.WARNING), stream=sys.stderr, format="%(levelname)s %(name)s %(message)s"
-    )
-    renderer: Any = (
-        structlog.processors.JSONRenderer()
-        if json
-        else structlog.processors.LogfmtRenderer(
-            key_order=["timestamp", "level", "actor", "event"], bool_as_flag=False, drop_missing=True
-        )
-    )
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.dict_tracebacks if json else structlog.processors.format_exc_info,
-            renderer,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=True,
-    )
 
 
 def keep_traceback(error: Exception) -> str:

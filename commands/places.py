@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from commands.output import NO, WRONG, CommandError, configure_logging
+from commands.output import NO, WRONG, CommandError
 from commands.settings import Loaded
 from deploy.home import Ready, read_ready
 from deploy.process import Identity
+from schema.settings import Log
 
 if TYPE_CHECKING:
     from bus.client import Bus
@@ -91,8 +92,10 @@ def gateway_url(loaded: Loaded, port: int | None = None) -> str | None:
 async def bus_of(places: Places, loaded: Loaded, *, patience: float = 3.0) -> AsyncIterator[Bus]:
     """A connection to NATS for one command."""
     url = places.need_nats()
-    configure_logging("error", json=False)  # a command says in its own words what went wrong
+    from bus import logs
     from bus.client import Bus, BusTooOld, BusUnavailable
+
+    logs.configure(Log(level="error"))  # a command says in its own words what went wrong
 
     try:
         bus = await Bus.connect(url, name=CLIENT, settings=loaded.settings.nats, patience=patience)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 from urllib.parse import urlsplit
 
-from commands.output import DONE, NO, WRONG, CommandError, configure_logging, say
+from commands.output import DONE, NO, WRONG, CommandError, say
 from commands.places import CLIENT, gateway_url
 from commands.settings import Loaded, read
 from deploy.home import Home, HomeBusy, end_leftovers
@@ -117,9 +117,11 @@ def _up(names: Sequence[str], *, isolate: bool, demo: list[str] | None) -> int:
     plan = processes(names, isolate=isolate)
     loaded = read()
     settings = loaded.settings
-    configure_logging(settings.log.level, json=settings.log.json)
     import structlog
 
+    from bus import logs
+
+    logs.configure(settings.log)
     log = structlog.get_logger("up")
     actors = [name for group in plan.values() for name in group]
     if "collector" in actors:
@@ -326,10 +328,11 @@ async def run_child(args: argparse.Namespace) -> int:
     """``_run ACTOR …``: these actors in this process's event loop, until SIGTERM."""
     loaded = read()
     settings = loaded.settings
-    configure_logging(settings.log.level, json=settings.log.json)
+    from bus import logs
     from bus.client import BusTooOld
     from bus.supervise import ConfigurationError, run_actors
 
+    logs.configure(settings.log)
     processes(args.actors, isolate=False)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

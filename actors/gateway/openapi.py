@@ -85,9 +85,7 @@ def _ingest_schemas(candle: Schema, max_candles: int) -> Schema:
             "examples": ["M1"],
         },
         "IngestCandle": candle,
-        "OneCandle": {
-            "allOf": [_ref("IngestCandle"), named, _any_required("timeframe", "interval")]
-        },
+        "OneCandle": {"allOf": [_ref("IngestCandle"), named, _any_required("timeframe", "interval")]},
         "CandleArray": {"type": "array", "items": _ref("OneCandle"), "minItems": 1, "maxItems": max_candles},
         "ItemsPayload": {
             "type": "object",

@@ -61,6 +61,9 @@ class SignalStream:
             await response.write_eof()
         except ConnectionError as error:
             log.debug("client has gone", action="stream.gone", error=type(error).__name__)
+        except Exception:
+            # Its headers are sent: no other answer is possible, and the client connects again where it was.
+            log.exception("stream ends", action="stream.failed")
         finally:
             self._broadcaster.unsubscribe(subscriber)
         return response

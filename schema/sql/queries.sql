@@ -176,6 +176,24 @@ FROM model_signals
 WHERE timeframe = $1 AND ($2::text IS NULL OR symbol = $2) AND ts >= coalesce($3::timestamptz, '-infinity')
 ORDER BY ts DESC, candles_seq DESC, id LIMIT $4;
 
+-- --- features -----------------------------------------------------------------------------------------------------
+
+-- The series as the log's first message met it: where a later message replaced a bar, the version before that.
+-- name: candles_before
+-- symbol, timeframe, candles_seq (exclusive); ascending
+SELECT ts, open, high, low, close, volume, spread, real_volume, revision
+FROM market_data
+WHERE symbol = $1 AND timeframe = $2 AND candles_seq < $3
+UNION ALL
+SELECT * FROM (
+    SELECT DISTINCT ON (r.ts)
+        r.ts, r.open, r.high, r.low, r.close, r.volume, r.spread, r.real_volume, r.revision
+    FROM candle_revisions AS r JOIN market_data AS m USING (symbol, timeframe, ts)
+    WHERE r.symbol = $1 AND r.timeframe = $2 AND r.candles_seq < $3 AND m.candles_seq >= $3
+    ORDER BY r.ts, r.candles_seq DESC
+) AS replaced
+ORDER BY ts;
+
 -- --- models -----------------------------------------------------------------------------------------------------
 
 -- name: list_models

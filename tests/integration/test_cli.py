@@ -360,25 +360,14 @@ async def test_killed_servers_come_back_at_the_same_place(system: Running) -> No
     assert system.ready == before
 
 
-# --- the stop ----------------------------------------------------------------------------------------------------
+# --- isolation, orphans, given servers -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_drains_within_ten_seconds_and_leaves_nothing(
-    start: Callable[..., Running], number: signal.Signals
-) -> None:
-    running = start()
-    running.await_ready()
-    children = psutil.Process(running.process.pid).children(recursive=True)
-    assert running.terminate(number) < 10
-    assert not (running.home / "ready.json").exists()
-    assert not [child for child in children if child.is_running()]
-    assert "Traceback" not in running.said()
-
-
+@pytest.mark.slow
 def test_a_killed_up_leaves_no_orphans_and_the_next_one_starts(start: Callable[..., Running]) -> None:
-    running = start()
+    running = start("up", "--isolate")
     running.await_ready()
+    assert len({running.child("_run", actor).pid for actor in ACTORS}) == len(ACTORS)
     children = psutil.Process(running.process.pid).children(recursive=True)
     running.process.kill()
     running.process.wait()
@@ -388,20 +377,10 @@ def test_a_killed_up_leaves_no_orphans_and_the_next_one_starts(start: Callable[.
     again = start(home=running.home)
     wait_until(lambda: "Ready: " in again.said() or again.process.poll() is not None, READY_SECONDS, "ready again")
     assert again.ready["pid"] == again.process.pid
-    again.terminate()
+    assert again.terminate(signal.SIGINT) < 10
 
 
-# --- isolation, selection, given servers ---------------------------------------------------------------------------
-
-
-def test_isolate_gives_every_actor_its_own_process(start: Callable[..., Running]) -> None:
-    running = start("up", "--isolate")
-    running.await_ready()
-    pids = {running.child("_run", actor).pid for actor in ACTORS}
-    assert len(pids) == len(ACTORS)
-    running.terminate()
-
-
+@pytest.mark.slow
 def test_given_servers_take_any_number_of_ups_and_no_lock(start: Callable[..., Running], tmp_path: Path) -> None:
     with nats_server(tmp_path / "nats") as nats, postgres_server(tmp_path / "postgres") as postgres:
         given = {"MT5_NATS_URL": nats.url("operator"), "MT5_DATABASE_URL": postgres.url}
@@ -425,3 +404,14 @@ def test_a_gateway_port_that_is_taken_is_told_at_once(system: Running, tmp_path:
     assert done.returncode == 2
     assert f"127.0.0.1:{port}" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+# --- the stop, last: it ends the shared system --------------------------------------------------------------------
+
+
+def test_a_stop_drains_within_ten_seconds_and_leaves_nothing(system: Running) -> None:
+    children = psutil.Process(system.process.pid).children(recursive=True)
+    assert system.terminate() < 10
+    assert not (system.home / "ready.json").exists()
+    assert not [child for child in children if child.is_running()]
+    assert "Traceback" not in system.said()

@@ -22,7 +22,7 @@ import pytest
 from deploy.embedded import NatsServer, NatsUser, PostgresServer, ServerError, find_nats_server
 from deploy.home import Home, HomeBusy, end_leftovers, read_ready
 from deploy.pginstall import COPY_PREFIX, find_install
-from deploy.process import Child, Identity, InUse, identify, myself
+from deploy.process import Child, DeployError, Identity, InUse, identify, myself
 from tests.servers import OPERATOR, nats_server, ordinary_user, postgres_server, python, wait_until
 
 ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="root may become another user")
@@ -95,7 +95,7 @@ def test_both_start_in_a_fresh_home_within_seconds(tmp_path: Path) -> None:
         again = time.monotonic() - before
         database.stop()
     # 1.1 s and 0.2 s where the machine has nothing else to do: initdb is most of the first, and has no part in the second.
-    assert again < fresh < 10.0
+    assert again < fresh and again < 10.0
 
 
 async def test_nats_stores_synced_and_asks_for_a_password(running_nats: NatsServer) -> None:
@@ -213,11 +213,9 @@ def test_an_ordinary_user_runs_both(crossing: Path) -> None:
 
 @ROOT_ONLY
 def test_another_users_database_is_refused_in_words(crossing: Path) -> None:
-    with postgres_server(crossing / "home" / "postgres"):
-        pass
-    (crossing / "home").chmod(0o755)
-    (crossing / "home" / "postgres").chmod(0o755)
-    os.chown(crossing / "home" / "postgres" / "data", 1, 1)
+    data = crossing / "home" / "postgres" / "data"
+    data.mkdir(parents=True)
+    os.chown(data, 1, 1)
     code = "import sys; from deploy.embedded import *; PostgresServer(sys.argv[1]).launch()"
     _, errors = python(code, crossing / "home" / "postgres", user="nobody").communicate(timeout=20)
     assert "belongs to another user: run as that user or as root, or set MT5_HOME" in errors
@@ -403,11 +401,10 @@ def test_a_taken_port_is_told(tmp_path: Path) -> None:
             server.start(timeout=0.5)
 
 
-def test_a_newer_or_older_database_is_told(tmp_path: Path) -> None:
-    with postgres_server(tmp_path) as server:
-        version = server.data / "PG_VERSION"
-    version.write_text("13\n")
-    with pytest.raises(Exception, match="made by PostgreSQL 13, which is not installed"):
+def test_a_database_of_a_version_that_is_not_here_is_told(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "PG_VERSION").write_text("13\n")
+    with pytest.raises(DeployError, match="made by PostgreSQL 13, which is not installed"):
         PostgresServer(tmp_path).start()
 
 

@@ -78,7 +78,9 @@ async def raw(running: Served, *pieces: bytes | float) -> bytes:
             else:
                 await asyncio.sleep(piece)
         head = await reader.readuntil(b"\r\n\r\n")
-        length = next(int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length"))
+        length = next(
+            int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")
+        )
         return head + await reader.readexactly(length)
     finally:
         writer.close()

@@ -251,7 +251,9 @@ async def test_the_oldest_time_there_is_reaches_the_archive(store: Store) -> Non
         assert (status, len(body["candles"])) == (200, 3)
 
 
-@pytest.mark.parametrize("path", ["/candles?symbol=EURUSD&timeframe=M1", "/features?symbol=EURUSD&timeframe=M1", "/models", "/models/rf_m1"])
+@pytest.mark.parametrize(
+    "path", ["/candles?symbol=EURUSD&timeframe=M1", "/features?symbol=EURUSD&timeframe=M1", "/models", "/models/rf_m1"]
+)
 async def test_without_the_archive_its_reads_say_when_to_ask_again(path: str, nowhere: Store) -> None:
     async with served(store=nowhere) as running:
         status, body, headers = await get(running, path)
@@ -332,7 +334,9 @@ async def test_probes() -> None:
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/prometheus"])
-@pytest.mark.parametrize("accept", ["*/*", "application/openmetrics-text;version=1.0.0", "text/plain;version=0.0.4", "x"])
+@pytest.mark.parametrize(
+    "accept", ["*/*", "application/openmetrics-text;version=1.0.0", "text/plain;version=0.0.4", "x"]
+)
 async def test_metrics_are_prometheus_text(path: str, accept: str) -> None:
     telemetry.archive_up.set(1)
     async with served() as running, running.client.get(path, headers={"Accept": accept}) as response:
@@ -375,6 +379,12 @@ async def test_pages_come_from_here_alone_and_are_asked_for_again(path: str, con
 
 async def test_no_path_leads_out_of_the_folder() -> None:
     async with served() as running:
-        for path in ("/web/../__init__.py", "/web/%2e%2e/__init__.py", "/web/..%2f__init__.py", "/web/", "/web/nope.js"):
+        for path in (
+            "/web/../__init__.py",
+            "/web/%2e%2e/__init__.py",
+            "/web/..%2f__init__.py",
+            "/web/",
+            "/web/nope.js",
+        ):
             async with running.client.get(path) as response:
                 assert response.status == 404

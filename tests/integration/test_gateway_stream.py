@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -179,6 +180,22 @@ async def test_without_the_bus_a_client_resumes_from_memory_and_is_told() -> Non
             events = await source.take(11)
             assert (events[0].name, events[0].id) == ("resync", 90)
             assert [event.id for event in events[1:]] == list(range(91, 101))
+
+
+async def test_a_failure_ends_the_stream_and_nothing_else_is_written_to_it() -> None:
+    async def broken(_after: int, _limit: int) -> Sequence[tuple[int, Signal]]:
+        raise ZeroDivisionError
+
+    async with served(capacity=1, signals_after=broken) as running:
+        Log(10).fill(running, 1)
+        async with listening(running, last_id=2) as source:
+            text = b""
+            with contextlib.suppress(aiohttp.ClientPayloadError):
+                async for line in source.response.content:
+                    text += line
+            assert text == b"retry: 2000\n\nid: 2\n\n"
+        async with running.client.get("/live") as response:
+            assert response.status == 200
 
 
 @pytest.mark.parametrize("last_id", ["4000", "-1", "x", "", "9" * 30, "1.5"])

@@ -182,6 +182,23 @@ async def test_every_version_of_a_bar_is_kept(store: Store, together: bool) -> N
     assert [tuple(r) for r in current] == [(1.16, 2, 3), (1.1, 0, 1)]
 
 
+async def test_a_series_is_known_as_it_was_before_a_sequence(store: Store) -> None:
+    versions = [
+        block(1, row(1), row(2)),
+        block(5, row(1, close=1.15, revision=1)),
+        block(9, row(1, close=1.16, revision=2)),
+    ]
+    await archive(store, *([one] for one in versions))
+
+    async def before(seq: int) -> list[tuple[float, int]]:
+        return [(candle.close, revision) for candle, revision in await store.candles_before("EURUSD", "M1", seq)]
+
+    assert await before(1) == []
+    assert await before(2) == await before(5) == [(1.1, 0), (1.1, 0)]
+    assert await before(6) == [(1.15, 1), (1.1, 0)]
+    assert await before(10) == [(1.16, 2), (1.1, 0)]
+
+
 async def test_labels_have_a_sequence_of_their_own(store: Store) -> None:
     async def label() -> float | None:
         return (await store.features("EURUSD", "M1", limit=1))[0].fwd_ret_5
@@ -312,11 +329,9 @@ async def test_a_refused_value_is_told_from_an_outage_and_rolls_back(store: Stor
         await archive(store, [block(2**63, row(1))])
     with pytest.raises(StoreRejected):
         await store.execute("upsert_model", "rf_m1", "v1", "M1", "candidate", T0, "no json")
+    good, bad = reduce_features([block(1, row(1))]), reduce_signals([signal("\0", 1)])
     with pytest.raises(StoreRejected):
-        async with store.transaction() as connection:
-            good, bad = reduce_features([block(1, row(1))]), reduce_signals([signal("\0", 1)])
-            for statement in (*good.statements, *bad.statements):
-                await connection.execute(store.sql(statement.query), *statement.columns)
+        await run(store, Batch((*good.statements, *bad.statements), 1))
     assert await store.candles("EURUSD", "M1", limit=1) == ()
 
 
@@ -350,12 +365,17 @@ async def test_killed_connections_are_replaced(store: Store, pg_url: str) -> Non
     async with other.connection() as connection:
         await connection.fetchval("SELECT pg_terminate_backend($1, 5000)", pid)
     await store.wait_until_up(5.0)
-    with pytest.raises(StoreUnavailable):
+
+    async def killed_half_way() -> None:
+        (statement,) = reduce_signals([signal("a", 1)]).statements
         async with store.transaction() as connection:
-            await connection.execute(store.sql("upsert_signals"), *reduce_signals([signal("a", 1)]).statements[0].columns)
+            await connection.execute(store.sql(statement.query), *statement.columns)
             pid = await connection.fetchval("SELECT pg_backend_pid()")
             async with other.connection() as killer:
                 await killer.fetchval("SELECT pg_terminate_backend($1, 5000)", pid)
             await connection.fetchval(store.sql("ping"))
+
+    with pytest.raises(StoreUnavailable):
+        await killed_half_way()
     assert await store.signals("M1", limit=1) == ()
     await other.close()

@@ -79,7 +79,7 @@ async def load(store: Store, symbol: str, bars: int, seed: int = 1) -> list[Any]
 
 
 async def ask(bus: Bus, subject: str, **request: Any) -> Verdict:
-    answer = await bus.request(subject, msgspec.json.encode(request), timeout=90)
+    answer = await bus.request(subject, msgspec.json.encode(request), timeout=200)
     return msgspec.json.decode(answer, type=Verdict)
 
 
@@ -89,6 +89,7 @@ async def metrics(store: Store) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # the children run at low priority: a busy machine starves them
 async def test_a_models_life(bus: Bus, nats_url: str, pg_url: str, store: Store, settings: Settings) -> None:
     rows = await load(store, "EURUSD.m", 3_500)
     await load(store, "thin", 500)
@@ -269,6 +270,7 @@ asyncio.run(run_child(Job(folder=sys.argv[1], symbols=["X"], options={"bar_secon
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # the children run at low priority: a busy machine starves them
 def test_the_child_dies_with_its_parent(tmp_path: Path) -> None:
     data = oracles_ml.dataset({"X": oracles_ml.random_walk(4_000, seed=1)})
     packed = np.column_stack([data.columns.close, data.spread, *data.columns[2:], data.fwd_ret_5])

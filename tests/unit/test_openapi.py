@@ -37,7 +37,9 @@ def references(value: Any) -> Iterator[str]:
 
 
 def validator(name: str) -> jsonschema.Draft202012Validator:
-    return jsonschema.Draft202012Validator({"$ref": f"#/components/schemas/{name}", "components": DOCUMENT["components"]})
+    return jsonschema.Draft202012Validator(
+        {"$ref": f"#/components/schemas/{name}", "components": DOCUMENT["components"]}
+    )
 
 
 def test_every_reference_leads_somewhere_and_every_schema_is_used() -> None:

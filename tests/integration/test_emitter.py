@@ -1,0 +1,127 @@
+"""The emitter on a real nats-server: one signal a candle, restarts, lost tails, hot swaps and refusals."""
+
+from __future__ import annotations
+
+import msgspec
+
+from actors.core.manifest import ONNX_FILE
+from actors.core.series import SeriesState, append
+from actors.core.serving import ServedModel, signal_id
+from actors.emitter import Emitter
+from actors.features import Features
+from bus.client import Bus
+from bus.subjects import FEATURES, MODELS, SIGNALS
+from schema.messages import ModelEvent, Signal
+from tests.builders import put, read_until, running, walk
+from tests.models import files, manifest_of, release
+
+BOTH = (Features, Emitter)
+
+
+async def signals(bus: Bus, count: int) -> list[Signal]:
+    return await read_until(bus, SIGNALS, lambda found: len(found) >= count)
+
+
+async def answer(bus: Bus, version: str) -> ModelEvent:
+    def answered(events: list[ModelEvent]) -> bool:
+        return any(e.version == version and e.event in ("activated", "refused") for e in events)
+
+    return (await read_until(bus, MODELS, answered))[-1]
+
+
+async def test_without_a_model_every_live_candle_says_why_and_history_says_nothing(bus: Bus, nats_url: str) -> None:
+    rows = walk(310)
+    async with running(*BOTH, nats_url=nats_url):
+        await put(bus, rows[:290], history=True)
+        last = await put(bus, rows[290:], size=4)
+        found = await signals(bus, 20)
+    assert [s.ts for s in found] == [r.ts for r in rows[290:]]
+    assert [s.abstain for s in found] == ["warming"] * 9 + ["no_model"] * 11
+    assert {(s.model_name, s.model_version, s.prob_up, s.label) for s in found} == {("rf_m1", None, None, 0)}
+    assert found[-1].candles_seq == last
+    assert (found[0].expires_at - found[0].ts).total_seconds() == 120
+
+
+async def test_a_provisional_model_speaks_at_once_and_its_signals_are_a_pure_function(bus: Bus, nats_url: str) -> None:
+    rows = walk(420)
+    artifacts = files()
+    served = ServedModel(manifest_of(artifacts), artifacts[ONNX_FILE])
+    expected = append(SeriesState("EURUSD", "M1"), rows).rows
+    async with running(*BOTH, nats_url=nats_url):
+        seq = await put(bus, rows[:320], history=True)
+        await read_until(bus, FEATURES, lambda blocks: bool(blocks))
+        version = await release(bus, artifacts)
+        event = await answer(bus, version)
+        await put(bus, rows[320:370], size=1)
+        await put(bus, rows[370:], size=50)
+        found = await signals(bus, 100)
+    assert (event.event, event.from_seq, event.state) == ("activated", seq + 1, "provisional")
+    assert {(s.model_version, s.abstain, s.label) for s in found} == {(version, "unproven", 0)}
+    assert [s.prob_up for s in found] == [served.prob_up("EURUSD", row) for row in expected[320:]]
+    assert [s.id for s in found] == [signal_id("EURUSD", "M1", s.ts, version, s.features_hash) for s in found]
+
+
+async def test_a_restart_doubles_nothing_and_a_lost_tail_comes_back_with_the_same_ids(bus: Bus, nats_url: str) -> None:
+    rows = walk(460)
+    async with running(*BOTH, nats_url=nats_url):
+        await put(bus, rows[:300], history=True)
+        await answer(bus, await release(bus, files()))
+        await put(bus, rows[300:400], size=1)
+        before = await signals(bus, 100)
+    async with running(*BOTH, nats_url=nats_url):
+        await put(bus, rows[400:410], size=1)
+        again = await signals(bus, 110)
+    assert [s.id for s in again[:100]] == [s.id for s in before]
+    assert len({s.id for s in again}) == 110
+    info = await bus.js.stream_info("SIGNALS")
+    config = info.config
+    config.duplicate_window = 0.1  # a server that lost its tail does not know the lost ids either
+    await bus.js.update_stream(config)
+    for seq in range(61, 111):
+        await bus.js.delete_msg("SIGNALS", seq)
+    async with running(*BOTH, nats_url=nats_url):
+        await put(bus, rows[410:411], size=1)
+        found = await signals(bus, 111)
+    stable = [msgspec.structs.replace(s, created_at=before[0].created_at) for s in found[:110]]
+    assert stable == [msgspec.structs.replace(s, created_at=before[0].created_at) for s in again]
+
+
+async def test_a_hot_swap_misses_no_candle_and_a_replay_chooses_the_same_models(bus: Bus, nats_url: str) -> None:
+    rows = walk(500)
+    async with running(*BOTH, nats_url=nats_url):
+        await put(bus, rows[:300], history=True)
+        first = await release(bus, files(1))
+        await answer(bus, first)
+        await put(bus, rows[300:350], size=1)
+        second = await release(bus, files(2), "champion")
+        await put(bus, rows[350:400], size=1)
+        event = await answer(bus, second)
+        await put(bus, rows[400:450], size=1)
+        found = await signals(bus, 150)
+    assert [s.ts for s in found] == [r.ts for r in rows[300:450]]
+    assert event.from_seq is not None
+    for s in found:
+        assert s.model_version == (second if s.candles_seq >= event.from_seq else first)
+    await bus.js.purge_stream("SIGNALS")
+    config = (await bus.js.stream_info("SIGNALS")).config
+    config.duplicate_window = 0.1
+    await bus.js.update_stream(config)
+    async with running(*BOTH, nats_url=nats_url):
+        await put(bus, rows[450:451], size=1)
+        replayed = await signals(bus, 151)
+    assert [s.id for s in replayed[:150]] == [s.id for s in found]
+
+
+async def test_a_changed_graph_is_refused_and_the_old_model_keeps_serving(bus: Bus, nats_url: str) -> None:
+    rows = walk(320)
+    broken = files(2) | {ONNX_FILE: files(1)[ONNX_FILE]}
+    async with running(*BOTH, nats_url=nats_url):
+        await put(bus, rows[:300], history=True)
+        good = await release(bus, files(1))
+        await answer(bus, good)
+        event = await answer(bus, await release(bus, broken))
+        await put(bus, rows[300:], size=1)
+        found = await signals(bus, 20)
+    assert event.event == "refused"
+    assert "model.onnx" in event.reason and event.reason.endswith("train again.")
+    assert {s.model_version for s in found} == {good}
