@@ -136,6 +136,23 @@ def _asking(commands: Any) -> None:
 
 
 def _mending(commands: Any) -> None:
+    rejects = _groups(commands, "rejects", "what was rejected, whole and with its reason: list, replay")
+    kept = _command(rejects, "list", "commands.rejects:listing", "list what was rejected, oldest first", json=True)
+    kept.add_argument("--limit", type=count, metavar="N", help="the newest N only")
+    again = _command(
+        rejects, "replay", "commands.rejects:replay", "post rejected candles again, once the cause is mended", json=True
+    )
+    again.add_argument(
+        "--seq", type=count, action="append", metavar="N", help="this message; may be given several times"
+    )
+    again.add_argument("--url", help="the gateway (default: that of the running `mt5 up`)")
+    for chosen in (kept, again):
+        chosen.add_argument("--reason", metavar="TEXT", help="candles whose reason holds this text")
+        chosen.add_argument("--symbol", metavar="S", help="candles of this symbol")
+        chosen.add_argument(
+            "--since", metavar="WHEN", help="from this moment on, or of this age: 2025-02-13T01:33:00Z, 6h, 7d"
+        )
+
     text = "compare the wanted streams, consumers and buckets with what the server has"
     topology = _command(commands, "topology", "commands.topology:show", text, json=True)
     actions = topology.add_subparsers(metavar="ACTION", parser_class=Parser)

@@ -20,7 +20,7 @@ from nats.errors import Error as NatsError
 from nats.js.errors import NotFoundError
 
 from actors import gateway
-from actors.core.ingest import Judged, Payload, PayloadError, Series, block_id, judge, read
+from actors.core.ingest import ANONYMOUS, REPLAYED, Judged, Payload, PayloadError, Series, block_id, judge, read
 from actors.core.recent import RecentSignals
 from actors.core.timeframe import from_epoch
 from actors.gateway.answers import Check
@@ -189,7 +189,7 @@ class Collector:
             await self.bus.store_all(messages)
         for key, layers in judged.layers.items():
             for layer in layers:
-                self.series[key].remember(layer)
+                self.series[key].remember(layer, payload.origin, payload.server_time)
         for bar in judged.forming:
             await self.bus.emit(
                 FORMING,
@@ -213,7 +213,8 @@ class Collector:
                 raw = await self.bus.js.get_last_msg(
                     str(CANDLES.stream), CANDLES.subject(timeframe, symbol), direct=True
                 )
-                known.remember(CANDLES.decode(raw.data or b"").rows)
+                block = CANDLES.decode(raw.data or b"")
+                known.remember(block.rows, block.source or (REPLAYED if block.replay else ANONYMOUS), block.server_time)
             except NotFoundError:
                 pass
             except (NatsError, TimeoutError) as error:

@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Struct
 from nats.js.errors import NotFoundError
 
+from actors.core.hashing import signal_id
 from actors.core.manifest import MANIFEST_FILE, ONNX_FILE, Manifest
 from actors.core.serving import ModelRefused, ServedModel, build_signal, decide, expires_at, judged_at
 from actors.core.timeframe import end_time
@@ -50,6 +51,7 @@ class Emitter:
         self.bus = ctx.bus
         self.log = ctx.log
         self.active: dict[str, list[Activation]] = {}  # by timeframe, in the order of their activation
+        self.versions: dict[str, list[tuple[int, str]]] = {}  # every activation's (from_seq, version), by timeframe
         self.handled = 0  # CANDLES sequence up to which every signal is published
         self._done = 0  # the newest candles_seq that this run has read; never ahead of the stream, as handled may be
         self._said: set[str] = set()  # ids published before this run began, near its resume point
@@ -113,6 +115,7 @@ class Emitter:
                 if event.event == "activated":
                     activated.setdefault(event.timeframe, []).append(event)
         for timeframe, events in activated.items():
+            self.versions[timeframe] = [(event.from_seq or 0, event.version) for event in events]
             # What served before the resume point is history, but for the one that still serves there.
             first = max((i for i, e in enumerate(events) if (e.from_seq or 0) <= resume), default=0)
             for event in events[first:]:
@@ -170,6 +173,7 @@ class Emitter:
             await self._answer(event, "activated", from_seq, event.reason)
             serving = self.active.setdefault(event.timeframe, [])
             serving.append(Activation(from_seq, event.version, event.state, model))
+            self.versions.setdefault(event.timeframe, []).append((from_seq, event.version))
         while len(serving) > 1 and serving[1].from_seq <= self._done + 1:
             del serving[0]  # no candle will ask for it again
         keep = {(a.model.manifest.name, a.version) for rows in self.active.values() for a in rows}
@@ -200,14 +204,16 @@ class Emitter:
 
     async def _handle(self, delivery: Delivery[FeatureBlock]) -> Outcome:
         block = delivery.message
-        if block.history:
-            return Done()
         activation = self._serving(block.timeframe, block.candles_seq)
         now = datetime.now(UTC)
         headers = trace_headers(delivery.headers)
         out: list[Outgoing] = []
         for row in block.rows:
+            if not row.live:
+                continue
             signal = self._signal(block, row, activation, now)
+            if signal.supersedes == signal.id:
+                continue  # the bar changed, and nothing that its signal depends on
             if block.candles_seq <= self._said_until and signal.id in self._said:
                 continue
             signals_total.inc(abstain=signal.abstain or "none")
@@ -239,7 +245,18 @@ class Emitter:
             candles_seq=block.candles_seq,
             expires_at=expires,
             created_at=now,
+            supersedes=self._replaced(block, row),
         )
+
+    def _replaced(self, block: FeatureBlock, row: FeatureRow) -> str | None:
+        """The id of the signal that this row's supersedes: as pure a function as the id itself."""
+        if row.replaces is None:
+            return None
+        version = None
+        for from_seq, name in self.versions.get(block.timeframe, ()):
+            if from_seq <= (row.replaces_seq or 0):
+                version = name
+        return signal_id(block.symbol, block.timeframe, row.ts, version, row.replaces)
 
     def _committed(self, delivery: Delivery[FeatureBlock]) -> None:
         self._done = delivery.message.candles_seq

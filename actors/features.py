@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import ClassVar, Final
 
 import msgspec
@@ -18,7 +19,9 @@ from nats.errors import Error as NatsError
 from nats.js.errors import APIError, KeyNotFoundError, NoKeysError, NotFoundError
 from nats.js.kv import KeyValue
 
-from actors.core.series import Change, History, SeriesState, append, split
+from actors.core.history import History, revise, take_in
+from actors.core.series import CHECKPOINT_EVERY, Change, Checkpoint, SeriesState, append, epoch, origin, own, split
+from actors.core.timeframe import from_epoch
 from bus.client import Outgoing, outgoing
 from bus.consume import Delivery, Done, Outcome, Reader, StreamReplaced, consume, last_message
 from bus.store import Store
@@ -70,6 +73,8 @@ class Features:
         self._run = ""  # tells the message ids of a rebuild from those of the run whose messages were lost
         self._stored = Cursor()
         self._dirty: set[str] = set()
+        self._checkpoints: dict[tuple[str, int], bytes] = {}  # not stored yet
+        self._quiet_since: dict[str, float] = {}  # when a series last had bars before its first
         self._gate = asyncio.Lock()  # held while a batch is in hand: states are whole and published only between two
         self._store: Store | None = None
 
@@ -84,6 +89,7 @@ class Features:
                     {
                         "features-consume": consume(reader, self._handle, committed=self._committed, gate=self._gate),
                         "features-snapshot": self._snapshots(),
+                        "features-deferred": self._recompute_deferred(),
                         "features-check": self._check(reconnected),
                     }
                 )
@@ -144,8 +150,8 @@ class Features:
         states: dict[str, SeriesState] = {}
         decoder = msgspec.json.Decoder(SeriesState)
         for key in keys:
-            if key.startswith("cursor."):
-                continue
+            if key.startswith("cursor.") or key.count(".") > 1:
+                continue  # cursors, and checkpoints, which are read when they are needed
             entry = await kv.get(key)
             state = decoder.decode(entry.value or b"")
             states[CANDLES.subject(state.timeframe, state.symbol)] = state
@@ -172,12 +178,18 @@ class Features:
             return Done()
         change = await self._change(delivery.subject, state, block, seq)
         state.seq = seq
-        self._dirty.add(delivery.subject)
-        if seq <= self.whole or (not change.rows and not change.fills):
+        self._keep(delivery.subject, change)
+        if seq <= self.whole or not change:
             return Done()
         self._making = seq
         feature_rows_total.inc(len(change.rows))
-        return Done(_messages(block, seq, change, delivery, self._run))
+        return Done(_messages(block, seq, change, delivery.headers, self._run))
+
+    def _keep(self, subject: str, change: Change) -> None:
+        """Marks what the next snapshot has to store."""
+        self._dirty.add(subject)
+        for number, data in change.checkpoints:
+            self._checkpoints[subject, number] = data
 
     def _committed(self, delivery: Delivery[CandleBlock]) -> None:
         self.handled, self.made = delivery.stream_seq, max(self.made, self._making)
@@ -192,63 +204,144 @@ class Features:
             state = SeriesState(block.symbol, block.timeframe)
             if self.first_seq > 1 and not self.restored:
                 # The log no longer reaches back to this series' first bar: the archive does.
-                history = await self._archived(block.symbol, block.timeframe)
+                history = History()
+                await self._restore(history, block.symbol, block.timeframe)
                 if len(history):
-                    history.recompute(state, len(history))
+                    history.rows(len(history), state)
+                    history.settle(state)
             self.states[subject] = state
             series_gauge.set(len(self.states), actor=self.name)
         return state
 
-    async def _change(self, subject: str, state: SeriesState, block: CandleBlock, seq: int) -> Change:
-        history = self.histories.get(subject)
-        fresh, older = split(state, block.rows)
-        if not older:
-            if history is not None and history.seq < seq:
-                history.apply(fresh)
-                history.seq = seq
-            return append(state, fresh) if fresh else Change([], [])
-        if history is None:
-            history = await self._history(subject, block, seq)
-        else:
-            self.histories.move_to_end(subject)
-        changed = history.apply(block.rows)
-        history.seq = seq
-        if changed is None:
-            return Change([], [])
-        last = state.features.last_ts
-        if last is not None and history.ts[changed] > last:
-            return append(state, fresh)  # the older rows were repeats
-        feature_rebuilds_total.inc()
-        return await asyncio.get_running_loop().run_in_executor(None, history.recompute, state, changed)
+    def _priority(self, symbol: str) -> tuple[str, ...]:
+        known = self.ctx.settings.symbols.get(symbol)
+        return known.priority if known is not None else ()
 
-    async def _history(self, subject: str, block: CandleBlock, before: int) -> History:
-        """Every bar of a series as of the message before ``before``: from the archive where the log begins later."""
-        history = await self._archived(block.symbol, block.timeframe) if self.first_seq > 1 else History()
-        async with Reader(
-            self.bus, CANDLES, name=f"{self.name}-history", start=self.first_seq, subject=subject
-        ) as reader:
-            async for delivery in reader:
-                if delivery.stream_seq >= before:
-                    break
-                history.apply(delivery.message.rows)
+    async def _change(self, subject: str, state: SeriesState, block: CandleBlock, seq: int) -> Change:
+        new = origin(block, seq)
+        history = self.histories.get(subject)
+        if not block.withdrawn:
+            state.owner = own(state.owner, new, self._priority(block.symbol))
+            fresh, older = split(state, block.rows, new)
+            if not older:
+                if history is not None and history.seq < seq:
+                    history.apply(block, seq, self._priority(block.symbol))
+                return append(state, fresh, new)
+            if state.first_ts is not None and epoch(older[-1]) < state.first_ts and not fresh:
+                # Older than everything: a terminal loads history backwards. One recomputation serves all of it.
+                state.deferred.append(seq)
+                self._quiet_since[subject] = time.monotonic()
+                self.histories.pop(subject, None)
+                return Change()
+        return await self._revise(subject, state, block, seq)
+
+    async def _revise(self, subject: str, state: SeriesState, block: CandleBlock, seq: int) -> Change:
+        earliest = min((int(ts.timestamp()) for ts in block.withdrawn), default=2**62)
+        if block.rows:
+            earliest = min(earliest, min(map(epoch, block.rows)))
+        history = self.histories.get(subject)
+        if history is None or (history.begins is not None and earliest <= history.begins):
+            history = await self._window(subject, state, block, earliest, seq)
+        self.histories.move_to_end(subject)
+        change = await asyncio.get_running_loop().run_in_executor(
+            None, revise, history, state, block, seq, self._priority(block.symbol)
+        )
+        if change:
+            feature_rebuilds_total.inc()
+        return change
+
+    async def _window(
+        self, subject: str, state: SeriesState, block: CandleBlock, earliest: int, before: int
+    ) -> History:
+        """The series' bars from a checkpoint before ``earliest`` on, as of the message before ``before``.
+
+        They come from the log, and from the archive where the log begins later than the checkpoint.
+        """
+        base = await self._checkpoint_before(state, earliest, before)
+        history = History(base)
+        start = base.start if base is not None else 1
+        if start < self.first_seq:
+            await self._restore(history, block.symbol, block.timeframe)
+            start = self.first_seq
+        until = min(before - 1, state.seq)  # the newest of its messages that the state knows
+        if start <= until:
+            priority = self._priority(block.symbol)
+            deferred = set(state.deferred)
+            async with Reader(self.bus, CANDLES, name=f"{self.name}-window", start=start, subject=subject) as reader:
+                while reader.position < until:
+                    delivery = await reader.next()
+                    if delivery.stream_seq not in deferred and delivery.stream_seq <= until:
+                        history.apply(delivery.message, delivery.stream_seq, priority)
         self.histories[subject] = history
         while len(self.histories) > 1 and sum(map(len, self.histories.values())) > HISTORY_BARS:
             self.histories.popitem(last=False)
         return history
 
-    async def _archived(self, symbol: str, timeframe: str) -> History:
-        """The archive's bars that are older than the log."""
+    async def _checkpoint_before(self, state: SeriesState, ts: int, seq: int) -> Checkpoint | None:
+        """The newest checkpoint that lies before ``ts`` and is not of the log's future; None: from the first bar on."""
+        kv = await self.bus.js.key_value(FEATURE_STATE)
+        decoder = msgspec.json.Decoder(Checkpoint)
+        waiting = {number: data for (subject, number), data in self._checkpoints.items() if subject == _subject(state)}
+        for number in range(state.features.bars // CHECKPOINT_EVERY, 0, -1):
+            data = waiting.get(number)
+            if data is None:
+                try:
+                    data = (await kv.get(_key(state, number))).value or b""
+                except (KeyNotFoundError, NotFoundError):
+                    continue
+            point = decoder.decode(data)
+            if point.last_ts < ts and point.seq < seq:
+                return point
+        return None
+
+    async def _restore(self, history: History, symbol: str, timeframe: str) -> None:
+        """The archive's bars of before the log, after the history's base."""
         url = self.ctx.database_url
-        history = History()
         if url is None:
             self.log.warning("no archive: the series begins with the log", action="features.no_archive", symbol=symbol)
-            return history
+            return
         if self._store is None:
             self._store = await Store.connect(url, size=1, name=self.name)
             await self._store.wait_until_up(ARCHIVE_PATIENCE)
-        for row, revision in await self._store.candles_before(symbol, timeframe, self.first_seq):
-            history.put(row, revision)
-        return history
+        after = from_epoch(history.begins) if history.begins is not None else None
+        for row in await self._store.bars_before(symbol, timeframe, after, self.first_seq):
+            history.restore(row.candle, row.revision, row.live, row.source, row.ts_source, row.candles_seq)
+
+    async def _recompute_deferred(self) -> None:
+        """Once nothing older has come for a while, the bars before a series' first are taken in, all together."""
+        while True:
+            await asyncio.sleep(min(1.0, self.ctx.settings.features.quiet_seconds / 2))
+            now = time.monotonic()
+            for subject, state in list(self.states.items()):
+                if not state.deferred:
+                    continue
+                since = self._quiet_since.setdefault(subject, now)
+                if now - since >= self.ctx.settings.features.quiet_seconds:
+                    async with self._gate:
+                        await self._take_in(subject, state)
+
+    async def _take_in(self, subject: str, state: SeriesState) -> None:
+        seq = self.handled
+        blocks: list[tuple[int, CandleBlock]] = []
+        for number in state.deferred:
+            raw = await self.bus.js.get_msg(str(CANDLES.stream), seq=number)
+            blocks.append((number, CANDLES.decode(raw.data or b"")))
+        self.histories.pop(subject, None)
+        earliest = min(epoch(row) for _, block in blocks for row in block.rows)
+        history = await self._window(subject, state, blocks[0][1], earliest, seq + 1)
+        priority = self._priority(state.symbol)
+        change = await asyncio.get_running_loop().run_in_executor(
+            None, take_in, history, state, [block for _, block in blocks], seq, priority
+        )
+        feature_rebuilds_total.inc()
+        self._keep(subject, change)
+        head = blocks[-1][1]
+        messages = _messages(head, seq, change, {"Nats-Msg-Id": f"deferred:{blocks[0][0]}"}, self._run)
+        await self.bus.publish_many(messages)
+        state.deferred = []
+        self._quiet_since.pop(subject, None)
+        self.made = self._making = max(self.made, seq)
+        self._dirty.add(subject)
 
     # --- snapshots and checks ---------------------------------------------------------------------------------------
 
@@ -266,19 +359,25 @@ class Features:
         async with self._gate:
             cursor = Cursor(seq=self.handled, made=self.made)
             todo, self._dirty = sorted(self._dirty), set()
+            points, self._checkpoints = self._checkpoints, {}
         chunk: list[str] = []
         try:
+            # Checkpoints first: one that the snapshot does not know of yet is passed over, a missing one costs time.
+            for subject, number in list(points):
+                await kv.put(_key(self.states[subject], number), points[subject, number])
+                del points[subject, number]
             while todo:
                 async with self._gate:
                     chunk, todo = todo[:SNAPSHOT_CHUNK], todo[SNAPSHOT_CHUNK:]
                     encoded = [
-                        (f"{state.timeframe}.{key_token(state.symbol)}", msgspec.json.encode(state))
+                        (_key(state), msgspec.json.encode(state))
                         for state in (self.states[subject] for subject in chunk)
                     ]
                 for key, value in encoded:
                     await kv.put(key, value)
         except BaseException:
             self._dirty.update(todo, chunk)
+            self._checkpoints = points | self._checkpoints
             raise
         if cursor != self._stored:
             await kv.put(CURSOR_KEY, msgspec.json.encode(cursor))
@@ -295,10 +394,21 @@ class Features:
                 raise StreamReplaced(f"FEATURES ends at {found} instead of {self.made}: it is made whole again.")
 
 
+def _subject(state: SeriesState) -> str:
+    return CANDLES.subject(state.timeframe, state.symbol)
+
+
+def _key(state: SeriesState, checkpoint: int | None = None) -> str:
+    """The snapshot's key, or that of a checkpoint, in the bucket."""
+    key = f"{state.timeframe}.{key_token(state.symbol)}"
+    return key if checkpoint is None else f"{key}.{checkpoint}"
+
+
 def _messages(
-    block: CandleBlock, seq: int, change: Change, delivery: Delivery[CandleBlock], run: str
+    block: CandleBlock, seq: int, change: Change, headers: Mapping[str, str], run: str
 ) -> tuple[Outgoing, ...]:
     parts = max(1, -(-len(change.rows) // MAX_BLOCK_ROWS))
+    traced = trace_headers(headers)
     return tuple(
         outgoing(
             FEATURES,
@@ -316,11 +426,12 @@ def _messages(
                 now=block.now,
                 source=block.source,
                 ts_source=block.ts_source,
+                withdrawn=tuple(change.withdrawn) if part == 1 else (),
             ),
             block.timeframe,
             block.symbol,
-            msg_id=f"{delivery.headers.get('Nats-Msg-Id', '')}:{seq}:{part}{run}",
-            headers=trace_headers(delivery.headers),
+            msg_id=f"{headers.get('Nats-Msg-Id', '')}:{seq}:{part}{run}",
+            headers=traced,
         )
         for part in range(1, parts + 1)
     )

@@ -102,13 +102,23 @@ class Recorder:
             self._opened(sink)
             if cursor is not None:
                 await self._verify(sink, cursor, created, await reader.next())
+            await self._pump(sink, reader, created)
+
+    async def _pump(self, sink: Sink[M], reader: Reader[M], created: datetime) -> None:
+        """Stores batch after batch; the next one is read and reduced while PostgreSQL works on the last."""
+        stream = str(sink.channel.stream)
+        ahead = asyncio.create_task(self._gather(sink, reader), name=f"recorder-gather-{stream}")
+        try:
             while True:
-                deliveries = await self._gather(sink, reader)
-                await self._store_all(sink, deliveries, created)
+                deliveries, batch = await ahead
+                ahead = asyncio.create_task(self._gather(sink, reader), name=f"recorder-gather-{stream}")
+                await self._store_all(sink, deliveries, created, batch)
                 newest = deliveries[-1]
-                stream = str(sink.channel.stream)
                 cursor_lag.set(newest.pending, actor=self.name, stream=stream)
                 cursor_lag_seconds.set(max(0.0, time.time() - newest.stored_at), actor=self.name, stream=stream)
+        finally:
+            ahead.cancel()
+            await asyncio.gather(ahead, return_exceptions=True)
 
     async def _resume(self, sink: Sink[M]) -> tuple[Cursor | None, datetime]:
         """Where to read on (None: from the start) and when the stream was made."""
@@ -156,7 +166,7 @@ class Recorder:
             if not self._opening:
                 self._ctx.ready()
 
-    async def _gather(self, sink: Sink[M], reader: Reader[M]) -> list[Delivery[M]]:
+    async def _gather(self, sink: Sink[M], reader: Reader[M]) -> tuple[list[Delivery[M]], Batch]:
         """One message and those that come within ``linger`` of it, up to about ``batch_rows`` rows."""
         settings = self._ctx.settings.recorder
         out = [await reader.next()]
@@ -168,12 +178,14 @@ class Recorder:
             except TimeoutError:
                 break
             rows += sink.rows(out[-1].message)
-        return out
+        return out, sink.reduce(d.message for d in out)
 
-    async def _store_all(self, sink: Sink[M], deliveries: Sequence[Delivery[M]], created: datetime) -> None:
+    async def _store_all(
+        self, sink: Sink[M], deliveries: Sequence[Delivery[M]], created: datetime, batch: Batch | None = None
+    ) -> None:
         """Stores a batch; what PostgreSQL refuses is bisected down to single messages, which are parked."""
         try:
-            await self._write(sink, deliveries, created, sink.reduce(d.message for d in deliveries))
+            await self._write(sink, deliveries, created, batch or sink.reduce(d.message for d in deliveries))
         except StoreRejected as error:
             if len(deliveries) > 1:
                 middle = len(deliveries) // 2

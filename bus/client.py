@@ -16,6 +16,7 @@ from nats.js import JetStreamContext
 from nats.js.api import Header, PubAck
 from nats.js.errors import APIError, NotFoundError, ObjectNotFoundError
 
+from bus.acks import Acks, Answer
 from bus.subjects import MODEL_FILES, Channel
 from schema.messages import Message
 from schema.settings import Nats
@@ -29,6 +30,7 @@ BURST_WAIT: Final = 5.0  # seconds for a burst of publish_many to be acknowledge
 RECONNECT_WAIT: Final = 0.2
 RETRY_EVERY: Final = 0.25  # seconds between tries of an unacknowledged publish
 STREAM_FULL: Final = frozenset({10047, 10077, 10023, 10028})  # err_codes that mean: no room now
+OUT_OF_ORDER: Final = 10070  # err_code: the stream's last message is not the expected one
 
 
 def _credentials(url: str) -> tuple[str, str | None, str | None]:
@@ -37,6 +39,11 @@ def _credentials(url: str) -> tuple[str, str | None, str | None]:
     bare = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
     user = unquote(parts.username) if parts.username else None
     return bare, user, unquote(parts.password) if parts.password else None
+
+
+def _passing(error: APIError) -> bool:
+    """Whether the same message may be stored when it is sent again."""
+    return error.err_code in STREAM_FULL or error.err_code == OUT_OF_ORDER or (error.code or 0) >= 500
 
 
 class BusUnavailable(Exception):
@@ -57,8 +64,12 @@ class Outgoing:
     stream: str
     headers: Mapping[str, str] = field(default_factory=dict)
 
-    def wire_headers(self) -> dict[str, str]:
-        return {**self.headers, Header.MSG_ID.value: self.msg_id, Header.EXPECTED_STREAM.value: self.stream}
+    def wire_headers(self, after: Outgoing | None = None) -> dict[str, str]:
+        """``after``: the stream takes this message only where its last one is that one (or has both)."""
+        headers = {**self.headers, Header.MSG_ID.value: self.msg_id, Header.EXPECTED_STREAM.value: self.stream}
+        if after is not None and after.stream == self.stream:
+            headers[Header.EXPECTED_LAST_MSG_ID.value] = after.msg_id
+        return headers
 
 
 def outgoing(
@@ -75,9 +86,8 @@ class Bus:
 
     def __init__(self, nc: Client, settings: Nats) -> None:
         self.nc = nc
-        self.js: JetStreamContext = nc.jetstream(
-            timeout=settings.publish_timeout, publish_async_max_pending=4 * MAX_IN_FLIGHT
-        )
+        self.js: JetStreamContext = nc.jetstream(timeout=settings.publish_timeout)
+        self._acks = Acks(nc)
         self.settings = settings
         self._reconnected: list[Callable[[], None]] = []
         self._closed: list[bool] = []
@@ -188,7 +198,7 @@ class Bus:
                 headers=message.wire_headers(),
             )
         except APIError as error:
-            if error.err_code in STREAM_FULL or (error.code or 0) >= 500:
+            if _passing(error):
                 raise BusUnavailable(f"NATS refused to store on {message.subject}: {error.description}.") from error
             raise
         except (NatsError, TimeoutError, OSError) as error:
@@ -212,6 +222,9 @@ class Bus:
     async def publish_many(self, messages: Sequence[Outgoing], *, budget: float = 60.0) -> list[PubAck]:
         """Publishes in order, :data:`MAX_IN_FLIGHT` in flight, and tries again (same ids) until all are acknowledged.
 
+        The stream holds them in this order, whatever breaks meanwhile. Only for who is a stream's only writer: another
+        one's messages in between cost a try each.
+
         Raises:
             BusUnavailable: something is still unacknowledged after ``budget`` seconds.
         """
@@ -220,45 +233,66 @@ class Bus:
         todo = list(range(len(messages)))
         while todo:
             for lo in range(0, len(todo), MAX_IN_FLIGHT):
-                await self._burst(messages, todo[lo : lo + MAX_IN_FLIGHT], acks, BURST_WAIT)
-            todo = [i for i in todo if i not in acks]
-            if todo:
+                burst = todo[lo : lo + MAX_IN_FLIGHT]
+                await self._burst(messages, burst, acks, BURST_WAIT, ordered=True)
+                if any(i not in acks for i in burst):
+                    break  # nothing overtakes it
+            left = [i for i in todo if i not in acks]
+            if left:
                 if time.monotonic() > deadline:
-                    raise BusUnavailable(f"NATS left {len(todo)} of {len(messages)} messages unacknowledged.")
-                await asyncio.sleep(RETRY_EVERY)
+                    raise BusUnavailable(f"NATS left {len(left)} of {len(messages)} messages unacknowledged.")
+                if len(left) == len(todo) or not self.nc.is_connected:
+                    await asyncio.sleep(RETRY_EVERY)
+            todo = left
         return [acks[i] for i in range(len(messages))]
 
     async def _burst(
-        self, messages: Sequence[Outgoing], indices: list[int], acks: dict[int, PubAck], wait: float
+        self,
+        messages: Sequence[Outgoing],
+        indices: list[int],
+        acks: dict[int, PubAck],
+        wait: float,
+        *,
+        ordered: bool = False,
     ) -> None:
+        """``ordered``: each message but the first names the one before it, so that the stream refuses what overtakes.
+
+        A burst that a reconnect cuts in two would else lose its middle: what nats-py had buffered is sent after the
+        reconnect, what was under way on the old connection is gone.
+        """
         if len(indices) == 1:
             try:
                 acks[indices[0]] = await self.store(messages[indices[0]])
             except BusUnavailable as error:
                 log.warning("publish is tried again", action="bus.retry", error=str(error))
             return
-        if not self.nc.is_connected:
-            return
-        futures: dict[int, asyncio.Future[PubAck]] = {}
+        futures: dict[int, asyncio.Future[Answer]] = {}
+        reconnected: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        forget = self.on_reconnect(lambda: None if reconnected.done() else reconnected.set_result(None))
         try:
             for i in indices:
+                if not self.nc.is_connected:
+                    break
                 m = messages[i]
-                futures[i] = await self.js.publish_async(
-                    m.subject, m.payload, wait_stall=self.settings.publish_timeout, headers=m.wire_headers()
-                )
-        except (NatsError, TimeoutError, OSError) as error:
+                after = messages[i - 1] if ordered and i != indices[0] else None
+                futures[i] = await self._acks.publish(m.subject, m.payload, m.wire_headers(after))
+            # A future in flight when the server dies never resolves: the wait is bounded and the rest is sent again.
+            if futures:
+                answered = asyncio.gather(*futures.values(), return_exceptions=True)
+                either: set[asyncio.Future[Any]] = {answered, reconnected}
+                await asyncio.wait(either, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+        except (NatsError, OSError) as error:
             log.warning("publish is tried again", action="bus.retry", error=f"{type(error).__name__}: {error}")
-        if not futures:
-            return
-        # A future in flight when the server dies never resolves: the wait is bounded and the rest is sent again.
-        await asyncio.wait(futures.values(), timeout=wait)
-        for i, future in futures.items():
-            if not future.done():
+        finally:
+            forget()
+            for future in futures.values():
                 future.cancel()
-            elif (failure := future.exception()) is None:
-                acks[i] = future.result()
-            elif isinstance(failure, APIError) and (failure.code or 0) < 500 and failure.err_code not in STREAM_FULL:
-                raise failure
+        for i, future in futures.items():
+            answer = None if future.cancelled() else future.result()
+            if isinstance(answer, PubAck):
+                acks[i] = answer
+            elif isinstance(answer, APIError) and not _passing(answer):
+                raise answer
 
     async def emit(self, channel: Channel[M], message: M, *tokens: str) -> None:
         """Core NATS: at most once, nobody waits."""

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, TypeAlias, TypeVar
 from urllib.parse import urlsplit
@@ -21,6 +22,7 @@ from asyncpg.pool import PoolConnectionProxy
 from schema.load import mask_url
 from schema.messages import Candle, FeatureRow, Message, ModelState, Signal, UtcTime
 from schema.sql import queries
+from schema.timeframes import SECONDS
 
 CONNECT_TIMEOUT: Final = 5.0  # seconds to a new connection, and to a free one of the pool
 COMMAND_TIMEOUT: Final = 60.0  # a statement that takes longer counts as an outage: a frozen server is noticed
@@ -59,6 +61,32 @@ class ModelRecord(Message, frozen=True, kw_only=True, omit_defaults=False):
     reason: str
     by: str
     manifest: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ArchivedBar:
+    """A bar as the archive holds it; ``candles_seq`` is the CANDLES sequence of its version."""
+
+    candle: Candle
+    revision: int
+    live: bool
+    source: str | None
+    ts_source: str
+    candles_seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Holes:
+    """How a series lies in time: its first and last bar, their number, and the open times on either side of every hole.
+
+    Epoch seconds. Neighbours that do not follow each other by the timeframe's length are told as holes, though a
+    broker's day may just have lasted 23 or 25 hours.
+    """
+
+    first: int
+    last: int
+    bars: int
+    holes: tuple[tuple[int, int], ...]
 
 
 class Store:
@@ -172,11 +200,23 @@ class Store:
         """Ascending, both ends included: the first ``limit`` from ``start`` on, or the newest ``limit`` without it."""
         return _structs(Candle, await self._span("candles", symbol, timeframe, start, end, limit))
 
-    async def candles_before(self, symbol: str, timeframe: str, candles_seq: int) -> tuple[tuple[Candle, int], ...]:
-        """Every bar of a series, ascending, with its revision, as it was before that CANDLES sequence."""
-        rows = await self.fetch("candles_before", symbol, timeframe, candles_seq)
+    async def bars_before(
+        self, symbol: str, timeframe: str, after: datetime | None, candles_seq: int
+    ) -> tuple[ArchivedBar, ...]:
+        """A series' bars later than ``after``, ascending, each in the version current before that CANDLES sequence."""
+        rows = await self.fetch("bars_before", symbol, timeframe, after, candles_seq)
         fields = Candle.__struct_fields__
-        return tuple((Candle(**{name: row[name] for name in fields}), row["revision"]) for row in rows)
+        return tuple(
+            ArchivedBar(
+                Candle(**{name: row[name] for name in fields}),
+                row["revision"],
+                row["live"],
+                row["source"],
+                row["ts_source"],
+                row["candles_seq"],
+            )
+            for row in rows
+        )
 
     async def features(
         self, symbol: str, timeframe: str, *, start: datetime | None = None, end: datetime | None = None, limit: int
@@ -190,6 +230,21 @@ class Store:
         if start is None:
             return await self.fetch(f"{what}_newest", symbol, timeframe, end, limit)
         return await self.fetch(f"{what}_from", symbol, timeframe, start, end, limit)
+
+    async def holes(
+        self, symbol: str, timeframe: str, *, start: datetime | None = None, end: datetime | None = None, limit: int
+    ) -> Holes | None:
+        """The holes among a series' newest ``limit`` bars of a span; None where it has no bar there."""
+        step = SECONDS[timeframe]
+        rows = await self.fetch("series_holes", symbol, timeframe, start, end, limit, step)
+        if not rows:
+            return None
+        holes = tuple((row["after"], row["before"]) for row in rows[1:-1])
+        return Holes(rows[0]["before"], rows[-1]["after"], rows[-1]["bars"], holes)
+
+    async def series(self, symbol: str | None = None, timeframe: str | None = None) -> list[tuple[str, str]]:
+        """Every series of the archive, or those of a symbol or timeframe."""
+        return [(row["symbol"], row["timeframe"]) for row in await self.fetch("series_list", symbol, timeframe)]
 
     async def signals(
         self, timeframe: str, *, symbol: str | None = None, since: datetime | None = None, limit: int

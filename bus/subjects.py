@@ -8,7 +8,7 @@ from typing import Final, Generic, TypeVar, cast
 
 import msgspec
 
-from schema.messages import CandleBlock, FeatureBlock, FormingCandle, Message, ModelEvent, Reject, Signal
+from schema.messages import Alert, CandleBlock, FeatureBlock, FormingCandle, Message, ModelEvent, Reject, Signal
 
 M = TypeVar("M", bound=Message)
 
@@ -71,9 +71,10 @@ FEATURES: Final = Channel("features", 2, FeatureBlock, "FEATURES")
 SIGNALS: Final = Channel("signals", 2, Signal, "SIGNALS")
 FORMING: Final = Channel("forming", 2, FormingCandle, None)
 MODELS: Final = Channel("models", 1, ModelEvent, "EVENTS")
+ALERTS: Final = Channel("alerts", 2, Alert, "EVENTS")
 REJECTS: Final = Channel("rejects", 1, Reject, "REJECTS")
 
-CHANNELS: Final[tuple[Channel[Message], ...]] = (CANDLES, FEATURES, SIGNALS, FORMING, MODELS, REJECTS)  # type: ignore[assignment]
+CHANNELS: Final[tuple[Channel[Message], ...]] = (CANDLES, FEATURES, SIGNALS, FORMING, MODELS, ALERTS, REJECTS)  # type: ignore[assignment]
 
 # KV buckets and the object store (JetStream keeps them as streams KV_<name> and OBJ_<name>).
 FEATURE_STATE: Final = "feature_state"

@@ -98,6 +98,8 @@ async def _installation(loaded: Loaded) -> list[Finding]:
             )
         findings += _port(loaded)
     checks: list[tuple[str, Callable[[Places, Loaded], Awaitable[list[Finding]]]]] = []
+    if up is not None and up["gateway"]:
+        checks.append(("gateway", _gateway))
     if places.nats is not None:
         checks.append(("nats", _nats))
     if places.database is not None:
@@ -233,6 +235,30 @@ def _port(loaded: Loaded) -> Iterator[Finding]:
 
 
 # --- the servers -------------------------------------------------------------------------------------------------
+
+
+async def _gateway(places: Places, loaded: Loaded) -> list[Finding]:
+    """The gateway's own checks."""
+    import aiohttp
+
+    url = f"{places.need_gateway()}/health"
+    keys = loaded.settings.gateway.api_keys
+    try:
+        async with (
+            aiohttp.ClientSession(headers={"X-API-Key": keys[0]} if keys else {}) as session,
+            session.get(url) as response,
+        ):
+            report = await response.json()
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        return [Finding("gateway", "wrong", f"{url} does not answer ({error})", f"See {loaded.home / 'logs'}.")]
+    failing = {name: check for name, check in report.get("checks", {}).items() if check["status"] != "ok"}
+    if response.status not in {200, 503} or (not failing and report.get("status") != "ok"):
+        return [Finding("gateway", "wrong", f"{url} answers {response.status}: {report.get('error', report)}")]
+    if not failing:
+        return [Finding("gateway", "ok", f"{url} says ok")]
+    return [
+        Finding(f"gateway, {name}", "wrong", f"{check['status']}: {check['detail']}") for name, check in failing.items()
+    ]
 
 
 async def _nats(places: Places, loaded: Loaded) -> list[Finding]:

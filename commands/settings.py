@@ -68,10 +68,10 @@ def show(args: argparse.Namespace) -> int:
         write_json(described)
         return DONE
     sources = origins(loaded.text, os.environ, source=str(loaded.file or DEFAULT_FILE))
-    rows = [
-        (path, _plain(value), sources.get(path) or sources.get(path.split(".")[0], ""))
-        for path, value in _flat(described)
-    ]
+    rows = []
+    for path, value in _flat(described):
+        source = next((sources[known] for known in sources if path == known or path.startswith(f"{known}.")), "")
+        rows.append((path, _plain(value), source))
     write_table(("setting", "value", "from"), rows)
     return DONE
 

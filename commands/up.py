@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ipaddress
 import os
 import secrets
 import signal
@@ -186,7 +187,7 @@ def _import_clients() -> None:
 def _check_gateway(loaded: Loaded) -> None:
     """What would keep the collector from starting, told before anything is started."""
     gateway = loaded.settings.gateway
-    if gateway.host not in {"127.0.0.1", "::1", "localhost"} and not gateway.api_keys:
+    if not gateway.api_keys and not _is_loopback(gateway.host):
         raise CommandError(
             f"The gateway may listen on {gateway.host} only with keys: set MT5_API_KEYS, or MT5_GATEWAY_HOST=127.0.0.1.",
             WRONG,
@@ -204,6 +205,13 @@ def _check_gateway(loaded: Loaded) -> None:
                 "MT5_GATEWAY_PORT (0 takes a free one).",
                 WRONG,
             ) from error
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _servers(loaded: Loaded, home: Home) -> _Servers:

@@ -40,8 +40,8 @@ class SettingsError(Exception):
     """The settings cannot be used; ``problems`` holds one sentence for each reason."""
 
     def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = tuple(problems)
+        self.problems = tuple(_one_line(problem) for problem in problems)
+        super().__init__("\n".join(self.problems))
 
 
 def load(toml_text: str | None, environ: Mapping[str, str], *, source: str = "mt5.toml") -> Settings:
@@ -297,6 +297,11 @@ def _expected(kind: Any) -> str:
     if isinstance(plain, inspect.LiteralType):
         return "one of " + ", ".join(map(str, plain.values))
     return "a text"
+
+
+def _one_line(text: str) -> str:
+    """Text of any origin in one line: a key or value may hold line breaks and control characters."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _shown(value: Any, path: str) -> str:

@@ -52,7 +52,8 @@ class Candle(Message, frozen=True):
 class CandleBlock(Message, frozen=True):
     """One or many closed candles of one series, ascending in ``ts``; at most :data:`MAX_BLOCK_ROWS`.
 
-    ``history`` makes no signals. ``replay`` says that ``now`` (or, where that is absent, each bar's own end) stands
+    ``withdrawn`` names bars that were never there (a clock was restated); they go before ``rows`` come.
+    ``ts_source`` says how times became UTC: utc, server, rule, inferred or assumed. ``history`` makes no signals. ``replay`` says that ``now`` (or, where that is absent, each bar's own end) stands
     in for the time of receipt wherever a bar's age is judged.
     """
 
@@ -66,6 +67,7 @@ class CandleBlock(Message, frozen=True):
     source: str | None = None
     server_time: int | None = None
     ts_source: str = "utc"
+    withdrawn: tuple[UtcTime, ...] = ()
 
 
 class FormingCandle(Message, frozen=True):
@@ -84,6 +86,8 @@ class FeatureRow(Message, frozen=True):
     """A closed candle with its indicators; None where an indicator has no value yet.
 
     ``bar`` counts the bars of the series from 1; ``ready`` is ``bar >= 300``. ``revision`` is the candle's.
+    ``live`` is False where the bar came as history only, which makes no signal. ``replaces`` is the features hash of
+    the row that this one replaces, and ``replaces_seq`` the CANDLES sequence it was published with, where it was live.
     """
 
     ts: UtcTime
@@ -105,6 +109,18 @@ class FeatureRow(Message, frozen=True):
     bar: int = 0
     ready: bool = False
     revision: int = 0
+    live: bool = True
+    replaces: str | None = None
+    replaces_seq: int | None = None
+    source: str | None = None
+    ts_source: str = "utc"
+
+
+class Withdrawn(Message, frozen=True):
+    """A bar that is no more; ``revision`` counts on from its last one."""
+
+    ts: UtcTime
+    revision: int
 
 
 class Fill(Message, frozen=True):
@@ -133,6 +149,7 @@ class FeatureBlock(Message, frozen=True):
     now: UtcTime | None = None
     source: str | None = None
     ts_source: str = "utc"
+    withdrawn: tuple[Withdrawn, ...] = ()
 
 
 # --- signals -----------------------------------------------------------------------------------------------------
@@ -178,6 +195,17 @@ class ModelEvent(Message, frozen=True):
     from_seq: int | None = None
     reason: str = ""
     by: str = "trainer"
+
+
+class Alert(Message, frozen=True):
+    """Something that a person should know, on ``alerts.<severity>.<check>``. ``source`` is the terminal it is about."""
+
+    severity: Literal["info", "warning", "critical"]
+    check: str
+    message: str
+    at: UtcTime
+    source: str | None = None
+    details: dict[str, Any] = {}
 
 
 class Reject(Message, frozen=True):

@@ -61,6 +61,7 @@ class Streams(Section, frozen=True):
 
 class Features(Section, frozen=True):
     snapshot_seconds: Positive = 10.0
+    quiet_seconds: Positive = 10.0  # how long bars before a series' first one must have been quiet to be taken in
     max_series: Count = 20_000
 
 
@@ -89,6 +90,15 @@ class Symbol(Section, frozen=True):
     priority: tuple[str, ...] = ()
 
 
+class Clock(Section, frozen=True):
+    """A source's clock. ``rule``: a zone ("Europe/Athens"), "new_york+7" or an offset ("+02:00"); None: from its clock
+    fields, inferred, or UTC. ``grid``: the clock that its bars follow, where its times are in another (UTC, say).
+    """
+
+    rule: str | None = None
+    grid: str | None = None
+
+
 class Log(Section, frozen=True):
     level: str = "info"
     json: bool = False
@@ -104,6 +114,7 @@ class Settings(Section, frozen=True):
     recorder: Recorder = Recorder()
     trainer: Trainer = Trainer()
     symbols: dict[str, Symbol] = {}
+    clock: dict[str, Clock] = {}  # by source
     log: Log = Log()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.core.series import Origin
 from bus.client import Bus, outgoing
 from bus.consume import Reader
 from bus.subjects import CANDLES, Channel
@@ -19,19 +20,21 @@ from schema.messages import Candle, CandleBlock, FeatureRow
 from schema.settings import Settings
 
 _COUNT = itertools.count()
+LIVE = Origin("", None, True, True, "utc", 1)  # a live terminal without a name
 START = 1_735_776_000  # 2025-01-02T00:00:00Z
 
 
 def walk(count: int, *, seed: int = 1, start: int = START, step: int = 60, gaps: float = 0.0) -> list[Candle]:
     """A random walk of ``count`` bars around 1.1; ``gaps`` is the share of bars that are missing."""
-    rng = np.random.default_rng(seed)
-    close = np.round(1.1 + np.cumsum(rng.normal(0, 1e-4, count)), 5)
-    opened = np.concatenate(([close[0]], close[:-1]))
-    high = np.round(np.maximum(opened, close) + np.abs(rng.normal(0, 5e-5, count)), 5)
-    low = np.round(np.minimum(opened, close) - np.abs(rng.normal(0, 5e-5, count)), 5)
-    volume = rng.integers(1, 200, count)
-    spread = rng.integers(1, 20, count)
-    keep = rng.random(count) >= gaps
+    # A generator a column: a longer walk begins with the shorter one.
+    moves, highs, lows, volumes, spreads, holes = (np.random.default_rng((seed, i)) for i in range(6))
+    close = np.round(1.1 + np.cumsum(moves.normal(0, 1e-4, count)), 5)
+    opened = np.concatenate((close[:1], close[:-1]))
+    high = np.round(np.maximum(opened, close) + np.abs(highs.normal(0, 5e-5, count)), 5)
+    low = np.round(np.minimum(opened, close) - np.abs(lows.normal(0, 5e-5, count)), 5)
+    volume = volumes.integers(1, 200, count)
+    spread = spreads.integers(1, 20, count)
+    keep = holes.random(count) >= gaps
     return [
         Candle(
             ts=datetime.fromtimestamp(start + i * step, UTC),

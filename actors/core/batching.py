@@ -74,18 +74,35 @@ def reduce_features(blocks: Iterable[FeatureBlock]) -> Batch:
     """Blocks in stream order, of any series.
 
     There may be several ``upsert_market_data``: the k-th holds the k-th version of each bar, so that every version
-    passes through the table and those replaced are kept.
+    passes through the table and those replaced are kept. Withdrawals stand where they came: after the rows before
+    them, before those that follow, which may bring the same bars again.
     """
-    series: dict[tuple[str, str], _Series] = {}
+    statements: list[Statement] = []
+    run: list[FeatureBlock] = []
     candles_seq = 0
+    for block in blocks:
+        if block.withdrawn:
+            statements += _reduce(run)
+            run = []
+            gone = [
+                (w.ts, block.symbol, block.timeframe, w.revision, block.candles_seq, block.received_at)
+                for w in block.withdrawn
+            ]
+            statements.append(Statement("withdraw_bars", _turned(gone)))
+        run.append(block)
+        if block.part == block.parts:
+            candles_seq = max(candles_seq, block.candles_seq)
+    return Batch((*statements, *_reduce(run)), candles_seq)
+
+
+def _reduce(blocks: Sequence[FeatureBlock]) -> tuple[Statement, ...]:
+    series: dict[tuple[str, str], _Series] = {}
     for block in blocks:
         one = series.setdefault((block.symbol, block.timeframe), _Series())
         for row in block.rows:
             one.add(row, block)
         for fill in block.fills:
             one.label(fill.ts, (block.candles_seq, fill.fwd_ret_5))
-        if block.part == block.parts:
-            candles_seq = max(candles_seq, block.candles_seq)
 
     newest: list[Placed] = []
     labels: dict[int, Label] = {}  # by the row's place in newest
@@ -109,22 +126,23 @@ def reduce_features(blocks: Iterable[FeatureBlock]) -> Batch:
         _add_waves(waves, one)
     statements = [("upsert_market_data", _market_columns(wave)) for wave in waves]
     statements += [("upsert_features", _feature_columns(newest, labels)), ("apply_fills", _turned(fills))]
-    return _batch(statements, candles_seq)
+    return _batch(statements, 0).statements
 
 
 def reduce_signals(signals: Iterable[Signal]) -> Batch:
     """Signals in stream order; of one id the one with the highest ``candles_seq``, the first among equals."""
     newest: dict[str, Signal] = {}
-    superseded: dict[str, Signal] = {}
+    superseding: dict[tuple[str, str, datetime, str], Signal] = {}
     candles_seq = 0
     for signal in signals:
         known = newest.get(signal.id)
         if known is None or signal.candles_seq > known.candles_seq:
             newest[signal.id] = signal
         if signal.supersedes is not None:
-            by = superseded.get(signal.supersedes)
-            if by is None or signal.candles_seq > by.candles_seq:
-                superseded[signal.supersedes] = signal
+            key = (signal.symbol, signal.timeframe, signal.ts, signal.model_name)
+            by = superseding.get(key)
+            if by is None or signal.candles_seq >= by.candles_seq:
+                superseding[key] = signal
         candles_seq = max(candles_seq, signal.candles_seq)
     rows = [
         (
@@ -147,8 +165,13 @@ def reduce_signals(signals: Iterable[Signal]) -> Batch:
         )
         for s in newest.values()
     ]
-    replaced = [(old, s.ts, s.created_at, s.candles_seq) for old, s in superseded.items()]
-    return _batch([("upsert_signals", _turned(rows)), ("supersede_signals", _turned(replaced))], candles_seq)
+    replaced = [
+        (s.id, s.ts, s.symbol, s.timeframe, s.model_name, s.created_at, s.candles_seq) for s in superseding.values()
+    ]
+    statements = [("upsert_signals", _turned(rows)), ("supersede_signals", _turned(replaced))]
+    if rows:
+        statements.append(("supersede_withdrawn", ([s.id for s in newest.values()], [s.ts for s in newest.values()])))
+    return _batch(statements, candles_seq)
 
 
 def _batch(statements: Iterable[tuple[str, Columns]], candles_seq: int) -> Batch:
@@ -190,10 +213,11 @@ def _market_columns(placed: Sequence[Placed]) -> Columns:
         [block.symbol for _, block in placed],
         [block.timeframe for _, block in placed],
         *(column[name] for name in ("open", "high", "low", "close", "volume", "spread", "real_volume", "revision")),
-        [block.source for _, block in placed],
-        [block.ts_source for _, block in placed],
+        column["source"],
+        column["ts_source"],
         [block.received_at for _, block in placed],
         [block.candles_seq for _, block in placed],
+        column["live"],
     )
 
 
@@ -215,6 +239,7 @@ def _feature_columns(placed: Sequence[Placed], labels: dict[int, Label]) -> Colu
         *(column[name] for name in ("ready", "bar", "revision")),
         sequences,
         label_sequences,
+        column["ts_source"],
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from msgspec import Struct, field
@@ -43,6 +43,11 @@ Values = tuple[float | None, float | None, float | None, float | None, float | N
 def _array(values: list[float]) -> Floats:
     # Packing is three times faster than numpy's own conversion of a list of floats.
     return np.frombuffer(struct.pack(f"{len(values)}d", *values), np.float64)
+
+
+def _each(values: Floats) -> Any:
+    # Its floats one by one: a buffer makes each when it is needed, faster than a list of them that is used once.
+    return values.data
 
 
 class Columns(Struct):
@@ -186,15 +191,17 @@ class FeatureState(Struct):
     def update_block(self, ts: Ints, high: Floats, low: Floats, close: Floats) -> Columns:
         """Takes many bars at once; bit by bit what :meth:`update` gives for them one by one."""
         warm = min(max(MA - self.bars, 0), len(ts))
-        out = Columns([], [], [], [], [], [], [])
-        if warm:
-            head = [
-                self.update(t, h, lo, c)
-                for t, h, lo, c in zip(
-                    ts[:warm].tolist(), high[:warm].tolist(), low[:warm].tolist(), close[:warm].tolist(), strict=True
-                )
-            ]
-            out = Columns(*(list(column) for column in zip(*head, strict=True)))
+        if not len(ts):
+            return Columns([], [], [], [], [], [], [])
+        if not warm:
+            return self._steady(ts, high, low, close)
+        head = [
+            self.update(t, h, lo, c)
+            for t, h, lo, c in zip(
+                ts[:warm].tolist(), high[:warm].tolist(), low[:warm].tolist(), close[:warm].tolist(), strict=True
+            )
+        ]
+        out = Columns(*(list(column) for column in zip(*head, strict=True)))
         if warm < len(ts):
             tail = self._steady(ts[warm:], high[warm:], low[warm:], close[warm:])
             for name in Columns.__struct_fields__:
@@ -209,28 +216,25 @@ class FeatureState(Struct):
         change = close - previous
         gains = np.maximum(change, 0.0)
         losses = np.maximum(-change, 0.0)
-        reach = np.maximum(np.maximum(high - low, np.abs(previous - high)), np.abs(previous - low))
+        # Rounding is monotonic, so this is the largest of the three rounded differences that `update` compares.
+        reach = np.maximum(high, previous) - np.minimum(low, previous)
         ring = self.closes
         at = n % MA
         window = np.concatenate((ring[at:] + ring[:at], close))  # 60 closes before the block, oldest first
         leaving = window[1 : size + 1]  # the oldest close of each bar's own window
 
-        # One comprehension a recurrence: half the time of one loop over all of them.
+        # A comprehension for each value that is kept: half the time of one loop over all recurrences.
         gain, loss, atr = self.gain, self.loss, self.atr
-        gain_ = [gain := (gain * 13.0 + up) / 14.0 for up in gains.tolist()]
-        loss_ = [loss := (loss * 13.0 + down) / 14.0 for down in losses.tolist()]
-        atr_ = [atr := (atr * 13.0 + tr) / 14.0 for tr in reach.tolist()]
+        gain_ = [gain := (gain * 13.0 + up) / 14.0 for up in _each(gains)]
+        loss_ = [loss := (loss * 13.0 + down) / 14.0 for down in _each(losses)]
+        atr_ = [atr := (atr * 13.0 + tr) / 14.0 for tr in _each(reach)]
         self.gain, self.loss, self.atr = gain, loss, atr
 
         fast, slow, signal = self.fast, self.slow, self.signal
-        prices = close.tolist()
-        k = _K_FAST
-        fast_ = [fast := (x - fast) * k + fast for x in prices]
-        k = _K_SLOW
-        slow_ = [slow := (x - slow) * k + slow for x in prices]
-        line = _array(fast_) - _array(slow_)
+        k, q = _K_FAST, _K_SLOW
+        line_ = [(fast := (x - fast) * k + fast) - (slow := (x - slow) * q + slow) for x in _each(close)]
         k = _K_SIGNAL
-        signal_ = [signal := (x - signal) * k + signal for x in line.tolist()]
+        signal_ = [signal := (x - signal) * k + signal for x in line_]
         self.fast, self.slow, self.signal = fast, slow, signal
 
         # The running sum as one sequential accumulation: each close enters, then the oldest leaves.
@@ -241,8 +245,11 @@ class FeatureState(Struct):
 
         average = _array(gain_)
         both = average + _array(loss_)
-        flat = both < _EPSILON
-        rsi = 100.0 * (average / both) if not flat.any() else np.where(flat, 0.0, 100.0 * (average / np.where(flat, 1.0, both)))
+        if both.min() >= _EPSILON:
+            rsi = 100.0 * (average / both)
+        else:
+            flat = both < _EPSILON
+            rsi = np.where(flat, 0.0, 100.0 * (average / np.where(flat, 1.0, both)))
         ret: list[float | None]
         if previous.min() > 0.0:
             ret = (change / previous).tolist()
@@ -257,9 +264,9 @@ class FeatureState(Struct):
         self.times = (self.times + ts[-FORWARD_BARS:].tolist())[-FORWARD_BARS:]
         return Columns(
             rsi.tolist(),
-            line.tolist(),
+            line_,
             signal_,
-            (line - _array(signal_)).tolist(),
+            (_array(line_) - _array(signal_)).tolist(),
             atr_,
             (totals[1::2] / MA).tolist(),
             ret,

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from hashlib import blake2b
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
@@ -25,6 +25,8 @@ RECENT: Final = 64  # newest bars of a series whose values are remembered to cou
 BELIEVED: Final = 5.0  # seconds that our clock may be behind a bar's end for "closed": true to be believed
 JUMP: Final = 2.0  # a high above twice, or a low under half, of the previous close is a jump
 AGREE: Final = 3  # bars in a row that agree make a jump a split
+ANONYMOUS: Final = ""
+REPLAYED: Final = "~replay"  # a replay that names no source: never the owner
 SYMBOL_BYTES: Final = 64
 OFFSET_STEP: Final = 900  # brokers' clocks differ from UTC by multiples of 15 minutes
 VOLUME_LIMIT: Final = 2.0**63
@@ -72,6 +74,11 @@ class Payload(Struct, frozen=True):
         return round((self.server_time - self.gmt_time) / OFFSET_STEP) * OFFSET_STEP
 
     @property
+    def origin(self) -> str:
+        """The source as versions are told apart by it; a replay that names none is a source of its own."""
+        return self.source or (REPLAYED if self.replay else ANONYMOUS)
+
+    @property
     def ts_source(self) -> str:
         return "server" if self.server_time is not None and self.gmt_time is not None else "utc"
 
@@ -88,27 +95,53 @@ class Bar(Struct, frozen=True):
     closed: bool | None
 
 
+class Known(Struct):
+    """A closed bar as the gateway remembers it: its close, and the last version that each source sent."""
+
+    close: float
+    versions: dict[str, tuple[int, int | None]] = {}  # source: (digest, server_time)
+
+
 class Series(Struct):
-    """What the gateway knows of a series: its newest closed bar and the values of its newest bars."""
+    """What the gateway knows of a series: its newest closed bar and the versions of its newest bars."""
 
     last_ts: int | None = None
     last_close: float | None = None
     sends_forming: bool = False
-    recent: dict[int, int] = {}
-    jumps: list[float] = []  # closes of the newest bars that jumped in a row
+    recent: dict[int, Known] = {}
+    jumps: list[tuple[float, float]] = []  # (low, high) of the newest bars that jumped in a row
 
-    def remember(self, rows: Sequence[Candle]) -> None:
-        """Takes rows that the stream has acknowledged."""
-        for row in rows:
+    def remember(self, rows: Sequence[Candle], source: str, server_time: int | None) -> None:
+        """Takes rows that the stream has acknowledged, ascending: of many, only the newest are worth a fingerprint."""
+        for row in rows[-RECENT:]:
             ts = int(row.ts.timestamp())
-            self.recent[ts] = digest(row)
-            if self.last_ts is None or ts > self.last_ts:
+            known = self.recent.setdefault(ts, Known(row.close))
+            known.close = row.close
+            known.versions[source] = (digest(row), server_time)
+            if self.last_ts is None or ts >= self.last_ts:
                 self.last_ts, self.last_close = ts, row.close
         while len(self.recent) > RECENT:
             del self.recent[min(self.recent)]
 
+    def repeats(self, ts: int, source: str, mark: int, server_time: int | None) -> bool:
+        """Whether a version can have no effect: this source sent it last, or has sent another with a newer clock."""
+        known = self.recent.get(ts)
+        last = known.versions.get(source) if known is not None else None
+        if known is None or last is None:
+            return False
+        clocks = server_time is not None and last[1] is not None
+        if last[0] == mark:
+            if server_time is not None and (last[1] is None or server_time > last[1]):
+                known.versions[source] = (mark, server_time)
+            return True
+        return clocks and server_time < last[1]  # type: ignore[operator]
 
-Verdict = Literal["closed", "forming", "duplicate"]
+    def close_before(self, ts: int) -> float | None:
+        """The close of the newest known bar before ``ts``."""
+        if self.last_ts is not None and ts > self.last_ts:
+            return self.last_close
+        before = max((t for t in self.recent if t < ts), default=None)
+        return self.recent[before].close if before is not None else None
 
 
 class Judged(Struct):
@@ -300,16 +333,16 @@ def check(candle: IngestCandle, index: int, payload: Payload, symbols: Mapping[s
     return Bar(index, symbol, timeframe, ts - offset, bar_end(ts, timeframe) - offset, row, candle.closed)
 
 
-def _jumps(bar: Bar, base: float) -> bool:
-    return bar.candle.high > JUMP * base or bar.candle.low < base / JUMP
+def _jumps(candle: Candle, base: float) -> bool:
+    return candle.high > JUMP * base or candle.low < base / JUMP
 
 
-def _agree(a: float, b: float) -> bool:
-    return b / JUMP <= a <= b * JUMP
-
-
-def _is_split(closes: Sequence[float]) -> bool:
-    return len(closes) >= AGREE and all(_agree(a, closes[0]) for a in closes[1:AGREE])
+def _is_split(ranges: Sequence[tuple[float, float]]) -> bool:
+    """Whether bars in a row, given as (low, high), agree: every price within a factor of two of every other."""
+    if len(ranges) < AGREE:
+        return False
+    newest = ranges[-AGREE:]
+    return max(high for _, high in newest) <= JUMP * min(low for low, _ in newest)
 
 
 def judge(
@@ -335,7 +368,7 @@ def judge(
     clock = _clock(payload, now)
     for key, bars in groups.items():
         bars.sort(key=lambda bar: bar.ts)
-        _judge_series(key, bars, clock, now, series.get(key) or Series(), symbols, out)
+        _judge_series(key, bars, payload, clock, now, series.get(key) or Series(), symbols, out)
     out.rejected.sort()
     return out
 
@@ -358,6 +391,7 @@ def _clock(payload: Payload, now: float) -> _Clock:
 def _judge_series(
     key: tuple[str, str],
     bars: list[Bar],
+    payload: Payload,
     clock: _Clock,
     now: float,
     known: Series,
@@ -368,8 +402,8 @@ def _judge_series(
     newest = max(bars[-1].ts, known.last_ts or 0)
     layers: list[list[Candle]] = []
     fingerprints: dict[int, set[int]] = {}
-    previous = known.last_close
-    non_positive = (found := symbols.get(key[0])) is not None and found.allow_non_positive
+    previous: float | None = None
+    may_fall_below_zero = (found := symbols.get(key[0])) is not None and found.allow_non_positive
     for at, bar in enumerate(bars):
         judged_at = bar.end if clock.now is None else clock.now
         if bar.ts - judged_at > length:
@@ -381,19 +415,19 @@ def _judge_series(
             continue
         mark = digest(bar.candle)
         seen = fingerprints.setdefault(bar.ts, set())
-        if mark in seen or (not seen and known.recent.get(bar.ts) == mark):
+        if mark in seen or (not seen and known.repeats(bar.ts, payload.origin, mark, payload.server_time)):
             out.duplicates += 1
-            continue
-        later = known.last_ts is None or bar.ts > known.last_ts
-        if later and previous is not None and previous > 0 and not non_positive and _jumps(bar, previous):
-            ahead = [b.candle.close for b in bars[at : at + AGREE]]
-            known.jumps = [*known.jumps[-AGREE:], bar.candle.close]
-            if not _is_split(ahead) and not _is_split(known.jumps[-AGREE:]):
-                out.rejected.append((bar.index, f"price jumps from {previous} (over twice, or under half)"))
-                continue
-        if later:
             previous = bar.candle.close
-            known.jumps = []
+            continue
+        base = previous if previous is not None else known.close_before(bar.ts)
+        if base is not None and base > 0 and not may_fall_below_zero and _jumps(bar.candle, base):
+            ahead = [(b.candle.low, b.candle.high) for b in bars[at : at + AGREE]]
+            known.jumps = [*known.jumps[1 - AGREE :], (bar.candle.low, bar.candle.high)]
+            if not _is_split(ahead) and not _is_split(known.jumps):
+                out.rejected.append((bar.index, f"price jumps from {base} (over twice, or under half)"))
+                continue
+        previous = bar.candle.close
+        known.jumps = []
         depth = len(seen)
         seen.add(mark)
         while len(layers) <= depth:

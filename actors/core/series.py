@@ -1,127 +1,281 @@
-"""The bars of one series: which versions of them count, and what a block of the log changes in them.
+"""The bars of one series: which version of a bar counts, and what a message of the log changes.
 
-The log may hold a bar several times, in any order. A bar's first values are its revision 0; other values make the
-next revision; values that the bar has or had before change nothing. Live bars, later than all before, need only
-:class:`SeriesState`; an older bar is decided against the whole :class:`History`.
+The log may hold a bar several times, in any order and from several sources. Nothing else decides what that means:
+
+* a bar's first values are its revision 0; other values make the next revision;
+* values that a bar has, or had without a newer clock since, change nothing, however often they come;
+* of one source, versions are ordered by the payload's ``server_time`` where both have it, else by the log;
+* the owner is the first live source, or the one that ``[symbols] priority`` names first; others fill holes and never
+  revise; files and replays never own;
+* a withdrawn bar is gone, and its revisions count on if it comes back.
+
+Bars later than all before take the short way (:func:`append`); any other goes through :class:`actors.core.history.History`, a
+window of the series from a checkpoint on.
 """
 
 from __future__ import annotations
 
-from array import array
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
+import msgspec
 import numpy as np
 from msgspec import Struct, field
 
-from actors.core.features import READY_AFTER, Columns, FeatureState, Floats, Ints, forward_returns
-from actors.core.ingest import digest
+from actors.core.features import READY_AFTER, Columns, FeatureState, forward_returns
+from actors.core.ingest import ANONYMOUS, REPLAYED, digest
 from actors.core.timeframe import FORWARD_BARS, forward_span, from_epoch
-from schema.messages import Candle, FeatureRow, Fill
+from schema.messages import Candle, CandleBlock, FeatureRow, Fill, Withdrawn
 
-RECENT: Final = 64  # newest bars whose values are remembered, so that a terminal's repeats need no history
-CHUNK: Final = 10_000  # bars that a recomputation takes at once
+RECENT: Final = 64  # newest bars whose versions are remembered, so that a terminal's repeats need no history
+CHECKPOINT_EVERY: Final = 1_024  # bars between two checkpoints
+
+
+class Origin(NamedTuple):
+    """Where a message of the log came from, as far as its bars' versions depend on it."""
+
+    source: str
+    server_time: int | None
+    owns: bool  # a live source: neither history nor replay
+    live: bool  # its bars make signals
+    ts_source: str
+    seq: int
+
+
+def origin(block: CandleBlock, seq: int) -> Origin:
+    return Origin(
+        block.source or (REPLAYED if block.replay else ANONYMOUS),
+        block.server_time,
+        not block.history and not block.replay,
+        not block.history,
+        block.ts_source,
+        seq,
+    )
+
+
+class Mark(NamedTuple):
+    """A bar's current version: the digest of its values, and the clock and source it came with."""
+
+    digest: int
+    server_time: int | None
+    source: str
+
+
+def own(owner: str | None, new: Origin, priority: Sequence[str]) -> str | None:
+    """Who owns the series once ``new`` has been heard."""
+    if not new.owns or owner == new.source:
+        return owner
+    if owner is None:
+        return new.source
+
+    def rank(name: str) -> int:
+        return priority.index(name) if name in priority else len(priority)
+
+    return new.source if rank(new.source) < rank(owner) else owner
+
+
+def effect(current: Mark, mark: int, new: Origin, owner: str | None, former: Iterable[int]) -> str:
+    """What a version does to a bar that exists: ``same``, ``confirmed``, ``stale``, ``foreign`` or ``revised``.
+
+    ``confirmed`` leaves the values but takes over clock and source.
+    """
+    if new.source != current.source:
+        if owner is not None and new.source != owner:
+            return "foreign"
+        if mark == current.digest:
+            return "confirmed" if new.source == owner else "same"
+        return "revised" if new.source == owner or mark not in former else "stale"
+    both = new.server_time is not None and current.server_time is not None
+    if both and new.server_time < current.server_time:  # type: ignore[operator]
+        return "stale"
+    newer = new.server_time is not None and (not both or new.server_time > current.server_time)  # type: ignore[operator]
+    if mark == current.digest:
+        return "confirmed" if newer else "same"
+    return "revised" if newer or mark not in former else "stale"
+
+
+class Checkpoint(Struct, frozen=True):
+    """A series as it stands after ``features.bars`` bars, the log being applied up to ``seq``.
+
+    Every bar after it is found in the log from ``start`` on, which lies before ``seq`` where the bars before it were
+    computed again later.
+    """
+
+    features: FeatureState
+    seq: int
+    start: int
+    owner: str | None = None
+
+    @property
+    def last_ts(self) -> int:
+        return self.features.times[-1]
 
 
 class SeriesState(Struct):
     """A series as the feature calculator holds it, and as its snapshot stores it.
 
-    ``seq`` is the CANDLES sequence of the newest message that was applied.
+    ``seq`` is the CANDLES sequence of the newest message that was applied. ``deferred`` names messages whose bars lie
+    before the series' first and wait for one recomputation together.
     """
 
     symbol: str
     timeframe: str
     features: FeatureState = field(default_factory=FeatureState)
     seq: int = 0
-    recent: dict[int, int] = {}
+    owner: str | None = None
+    first_ts: int | None = None
+    recent: dict[int, Mark] = {}
+    deferred: list[int] = []
 
-    def remember(self, ts: int, mark: int) -> None:
+    def remember(self, ts: int, mark: Mark) -> None:
         self.recent[ts] = mark
         if len(self.recent) > RECENT:
             del self.recent[min(self.recent)]
 
 
 class Change(Struct):
-    """What a block changed: rows to publish, ascending, and labels of earlier rows that are known now."""
+    """What a message changed: rows to publish, ascending, labels of earlier rows, and bars that are gone."""
 
-    rows: list[FeatureRow]
-    fills: list[Fill]
+    rows: list[FeatureRow] = []
+    fills: list[Fill] = []
+    withdrawn: list[Withdrawn] = []
+    checkpoints: list[tuple[int, bytes]] = []  # (number, encoded Checkpoint): states at full multiples of bars
+
+    def __bool__(self) -> bool:
+        return bool(self.rows or self.fills or self.withdrawn)
 
 
 def epoch(row: Candle) -> int:
     return int(row.ts.timestamp())
 
 
-def split(state: SeriesState, rows: Sequence[Candle]) -> tuple[list[Candle], bool]:
-    """The rows that are later than all before, and whether any other row might change the past.
+def split(state: SeriesState, rows: Sequence[Candle], new: Origin) -> tuple[list[Candle], list[Candle]]:
+    """The rows that are later than all before, and those that might change the past.
 
-    A row equal to one of the newest bars is a repeat and is dropped here.
+    A row that cannot have an effect on one of the newest bars is dropped; one that confirms it is remembered.
     """
     last = state.features.last_ts
     fresh: list[Candle] = []
-    older = False
+    older: list[Candle] = []
     for row in rows:
         ts = epoch(row)
         if last is None or ts > last:
             fresh.append(row)
             last = ts
-        elif state.recent.get(ts) != digest(row):
-            older = True
+            continue
+        current = state.recent.get(ts)
+        mark = digest(row)
+        if current is not None:
+            what = effect(current, mark, new, state.owner, ())
+            if what == "confirmed":
+                state.recent[ts] = Mark(mark, new.server_time, new.source)
+            if what in ("same", "stale", "foreign", "confirmed"):
+                continue
+        older.append(row)
     return fresh, older
 
 
-def append(state: SeriesState, rows: Sequence[Candle]) -> Change:
+def append(state: SeriesState, rows: Sequence[Candle], new: Origin) -> Change:
     """Takes rows that are later than all before, ascending; one row goes the short way, many the block way."""
+    change = Change()
+    if not rows:
+        return change
+    if state.first_ts is None:
+        state.first_ts = epoch(rows[0])
     for row in rows[-RECENT:]:
-        state.remember(epoch(row), digest(row))
-    if len(rows) == 1:
-        return _append_one(state, rows[0])
-    times = [epoch(row) for row in rows]
-    ts = np.array(times, np.int64)
+        state.remember(epoch(row), Mark(digest(row), new.server_time, new.source))
+    at = 0
+    while at < len(rows):
+        room = CHECKPOINT_EVERY - state.features.bars % CHECKPOINT_EVERY
+        part = rows[at : at + room]
+        if len(part) == 1:
+            _append_one(state, part[0], new, change)
+        else:
+            _append_many(state, part, new, change)
+        at += len(part)
+        _checkpoint(state, new.seq, change)
+    return change
+
+
+def _checkpoint(state: SeriesState, seq: int, change: Change) -> None:
+    number, rest = divmod(state.features.bars, CHECKPOINT_EVERY)
+    if rest == 0 and number:
+        change.checkpoints.append((number, msgspec.json.encode(Checkpoint(state.features, seq, seq, state.owner))))
+
+
+def _append_one(state: SeriesState, row: Candle, new: Origin, change: Change) -> None:
+    features = state.features
+    ts = epoch(row)
+    label = features.forward(ts, row.close, forward_span(state.timeframe))
+    rsi, macd, signal, hist, atr, ma60, ret = features.update(ts, row.high, row.low, row.close)
+    change.rows.append(
+        FeatureRow(
+            ts=row.ts,
+            open=row.open,
+            high=row.high,
+            low=row.low,
+            close=row.close,
+            volume=row.volume,
+            spread=row.spread,
+            real_volume=row.real_volume,
+            rsi=rsi,
+            macd=macd,
+            macd_signal=signal,
+            macd_hist=hist,
+            atr=atr,
+            ma60=ma60,
+            ret_1=ret,
+            bar=features.bars,
+            ready=features.bars >= READY_AFTER,
+            live=new.live,
+            source=new.source or None,
+            ts_source=new.ts_source,
+        )
+    )
+    if label is not None:
+        _label(change, label)
+
+
+def _append_many(state: SeriesState, rows: Sequence[Candle], new: Origin, change: Change) -> None:
+    ts = np.array([epoch(row) for row in rows], np.int64)
     high = np.array([r.high for r in rows])
     low = np.array([r.low for r in rows])
     close = np.array([r.close for r in rows])
     features = state.features
     bars = features.bars
     before = features.times
-    before_close = _newest_closes(features, len(before))
-    earlier, labels = forward_returns(ts, close, before, before_close, forward_span(state.timeframe))
+    earlier, labels = forward_returns(
+        ts, close, before, newest_closes(features, len(before)), forward_span(state.timeframe)
+    )
     columns = features.update_block(ts, high, low, close)
-    return Change(
-        make_rows(rows, columns, labels, bars), [Fill(ts=from_epoch(t), fwd_ret_5=value) for t, value in earlier]
-    )
+    for label in earlier:
+        _label(change, label)
+    origins = [Shown(0, new.live, new.source, new.ts_source)] * len(rows)
+    change.rows += make_rows(rows, columns, labels, bars, origins)
 
 
-def _append_one(state: SeriesState, row: Candle) -> Change:
-    features = state.features
-    ts = epoch(row)
-    label = features.forward(ts, row.close, forward_span(state.timeframe))
-    rsi, macd, signal, hist, atr, ma60, ret = features.update(ts, row.high, row.low, row.close)
-    out = FeatureRow(
-        ts=row.ts,
-        open=row.open,
-        high=row.high,
-        low=row.low,
-        close=row.close,
-        volume=row.volume,
-        spread=row.spread,
-        real_volume=row.real_volume,
-        rsi=rsi,
-        macd=macd,
-        macd_signal=signal,
-        macd_hist=hist,
-        atr=atr,
-        ma60=ma60,
-        ret_1=ret,
-        bar=features.bars,
-        ready=features.bars >= READY_AFTER,
-    )
-    return Change([out], [] if label is None else [Fill(ts=from_epoch(label[0]), fwd_ret_5=label[1])])
+def _label(change: Change, label: tuple[int, float | None]) -> None:
+    """A label that is known now: into the change's own row where that is its bar, else as a fill."""
+    when = from_epoch(label[0])
+    for at in range(len(change.rows) - 1, max(-1, len(change.rows) - 1 - 2 * FORWARD_BARS), -1):
+        if change.rows[at].ts == when:
+            change.rows[at] = msgspec.structs.replace(change.rows[at], fwd_ret_5=label[1])
+            return
+    change.fills.append(Fill(ts=when, fwd_ret_5=label[1]))
 
 
-def _newest_closes(features: FeatureState, count: int) -> list[float]:
+def newest_closes(features: FeatureState, count: int) -> list[float]:
+    """The newest ``count`` closes (at most 60), oldest first."""
     return [features.closes[(features.bars - back) % len(features.closes)] for back in range(count, 0, -1)]
+
+
+class Shown(NamedTuple):
+    """What a row tells of its bar beside values."""
+
+    revision: int
+    live: bool
+    source: str
+    ts_source: str
 
 
 def make_rows(
@@ -129,7 +283,7 @@ def make_rows(
     columns: Columns,
     labels: Sequence[float | None],
     bars_before: int,
-    revisions: Iterable[int] | None = None,
+    shown: Sequence[Shown],
 ) -> list[FeatureRow]:
     """Candles and their indicators as rows; ``bars_before`` is the number of bars before the first."""
     return [
@@ -153,8 +307,11 @@ def make_rows(
             bar=bar,
             ready=bar >= READY_AFTER,
             revision=revision,
+            live=live,
+            source=source or None,
+            ts_source=ts_source,
         )
-        for bar, (row, rsi, macd, signal, hist, atr, ma60, ret, label, revision) in enumerate(
+        for bar, (row, rsi, macd, signal, hist, atr, ma60, ret, label, (revision, live, source, ts_source)) in enumerate(
             zip(
                 rows,
                 columns.rsi,
@@ -165,111 +322,9 @@ def make_rows(
                 columns.ma60,
                 columns.ret_1,
                 labels,
-                [0] * len(rows) if revisions is None else revisions,
+                shown,
                 strict=True,
             ),
             bars_before + 1,
         )
     ]
-
-
-class History:
-    """Every bar of one series in its current version: eight numbers a bar, ascending in time."""
-
-    def __init__(self) -> None:
-        self.ts = array("q")
-        self.values = tuple(array("d") for _ in range(7))  # open, high, low, close, volume, spread, real_volume
-        self.revision = array("i")
-        self._earlier: dict[int, set[int]] = {}  # digests of a bar's former versions
-        self.seq = 0  # CANDLES sequence of the newest block applied
-
-    def __len__(self) -> int:
-        return len(self.ts)
-
-    def row(self, at: int) -> Candle:
-        o, h, lo, c, volume, spread, real = (column[at] for column in self.values)
-        return Candle(
-            ts=from_epoch(self.ts[at]),
-            open=o,
-            high=h,
-            low=lo,
-            close=c,
-            volume=volume,
-            spread=spread,
-            real_volume=real,
-        )
-
-    def put(self, row: Candle, revision: int = 0) -> int | None:
-        """Takes one version of a bar; returns its index where that changed anything (new, late or revised)."""
-        ts = epoch(row)
-        values = (row.open, row.high, row.low, row.close, row.volume, row.spread, row.real_volume)
-        if not self.ts or ts > self.ts[-1]:
-            self.ts.append(ts)
-            self.revision.append(revision)
-            for column, value in zip(self.values, values, strict=True):
-                column.append(value)
-            return len(self.ts) - 1
-        at = bisect_left(self.ts, ts)
-        if self.ts[at] != ts:
-            self.ts.insert(at, ts)
-            self.revision.insert(at, revision)
-            for column, value in zip(self.values, values, strict=True):
-                column.insert(at, value)
-            return at
-        current = self.row(at)
-        mark = digest(row)
-        former = self._earlier.setdefault(ts, set())
-        if mark == digest(current) or mark in former:
-            return None
-        former.add(digest(current))
-        self.revision[at] += 1
-        for column, value in zip(self.values, values, strict=True):
-            column[at] = value
-        return at
-
-    def apply(self, rows: Iterable[Candle]) -> int | None:
-        """Takes a block of the log; returns the smallest index that it changed, None if it changed nothing."""
-        changed = [at for row in rows if (at := self.put(row)) is not None]
-        return min(changed) if changed else None
-
-    def _column(self, number: int, start: int, stop: int) -> Floats:
-        return np.frombuffer(self.values[number], np.float64)[start:stop]
-
-    def recompute(self, state: SeriesState, changed: int) -> Change:
-        """Runs the whole series anew into ``state``; gives the rows from index ``changed`` on and labels before it.
-
-        Every row from there on is given, since a recurrence never forgets; earlier rows keep their bits.
-        """
-        size = len(self)
-        span = forward_span(state.timeframe)
-        ts: Ints = np.frombuffer(self.ts, np.int64)
-        close = self._column(3, 0, size)
-        first_label = max(changed - FORWARD_BARS, 0)
-        _, labels = forward_returns(ts[first_label:], close[first_label:], [], [], span)
-        fills = [
-            Fill(ts=from_epoch(self.ts[first_label + i]), fwd_ret_5=label)
-            for i, label in enumerate(labels[: changed - first_label])
-            if first_label + i + FORWARD_BARS < size
-        ]
-        state.features = FeatureState()
-        rows: list[FeatureRow] = []
-        for start in range(0, size, CHUNK):
-            stop = min(start + CHUNK, size)
-            columns = state.features.update_block(
-                ts[start:stop], self._column(1, start, stop), self._column(2, start, stop), close[start:stop]
-            )
-            lo = max(changed, start)
-            if lo < stop:
-                part = Columns(*(getattr(columns, name)[lo - start :] for name in Columns.__struct_fields__))
-                rows += make_rows(
-                    [self.row(at) for at in range(lo, stop)],
-                    part,
-                    labels[lo - first_label : stop - first_label],
-                    lo,
-                    self.revision[lo:stop],
-                )
-        state.recent = {}
-        for at in range(max(0, size - RECENT), size):
-            state.remember(self.ts[at], digest(self.row(at)))
-        del ts, close  # a numpy view pins the arrays: without this the next append would raise BufferError
-        return Change(rows, fills)

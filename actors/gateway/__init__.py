@@ -12,6 +12,7 @@ from aiohttp.typedefs import Middleware
 from actors.gateway import openapi, pages
 from actors.gateway.auth import SESSION_PATH
 from actors.gateway.deps import GatewayDeps
+from actors.gateway.gaps import Gaps
 from actors.gateway.problems import JSON, problems, server_logger
 from actors.gateway.reads import Reads
 from actors.gateway.stream import SignalStream
@@ -29,6 +30,7 @@ def routes(deps: GatewayDeps) -> list[web.RouteDef]:
     document = msgspec.json.encode(openapi.document(deps.settings.gateway, VERSION))
     return [
         *Reads(deps).routes(),
+        *Gaps(deps).routes(),
         # A HEAD of an endless stream would never end.
         web.get("/signals/stream", SignalStream(deps).handle, allow_head=False),
         web.get("/openapi.json", partial(_serve_document, document)),

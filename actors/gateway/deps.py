@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from actors.core.sessions import ClockOf, Span, no_clock
 from actors.gateway.answers import Check
 from actors.gateway.auth import Guard
 from actors.gateway.broadcast import Broadcaster
@@ -20,6 +21,7 @@ class GatewayDeps:
     ``ready``: the bus is connected and the series' state is known. ``checks``: what the collector knows of the bus and
     of the actors behind it (the archive's check is added by /health). ``signals_after``: at most that many of the
     SIGNALS stream's messages after a sequence, in order, empty at the stream's end; raises BusUnavailable.
+    ``clock_of``: the broker's clock of a series. ``given_up``: its spans that were asked for in vain.
     """
 
     settings: Settings
@@ -29,3 +31,5 @@ class GatewayDeps:
     ready: Callable[[], bool]
     checks: Callable[[], Awaitable[Mapping[str, Check]]]
     signals_after: Callable[[int, int], Awaitable[Sequence[tuple[int, Signal]]]]
+    clock_of: ClockOf = no_clock
+    given_up: Callable[[str, str], Sequence[Span]] = lambda symbol, timeframe: ()

@@ -7,6 +7,7 @@ from typing import Any, Final
 import msgspec
 
 from actors.gateway.answers import CandleList, FeatureList, HealthReport, ModelDetail, ModelList, Probe
+from actors.gateway.gaps import GapReport
 from actors.gateway.query import MAX_LIMIT
 from actors.gateway.reads import DEFAULT_SIGNALS, DEFAULT_VERSIONS
 from schema.messages import IngestAnswer, IngestCandle, Problem, SignalList
@@ -15,7 +16,7 @@ from schema.timeframes import TIMEFRAMES
 
 REF: Final = "#/components/schemas/{name}"
 STRUCTS: Final = (
-    CandleList, FeatureList, HealthReport, IngestAnswer, IngestCandle, ModelDetail, ModelList, Probe, Problem, SignalList,
+    CandleList, FeatureList, GapReport, HealthReport, IngestAnswer, IngestCandle, ModelDetail, ModelList, Probe, Problem, SignalList,
 )  # fmt: skip
 
 Schema = dict[str, Any]
@@ -168,6 +169,7 @@ def _paths(limits: Gateway) -> Schema:
         "/signals": {"get": _signals()},
         "/signals/stream": {"get": _stream()},
         "/candles": {"get": _rows("candles", "candles", "Archived candles", "CandleList")},
+        "/candles/gaps": {"get": _gaps()},
         "/features": {"get": _rows("features", "candles", "Archived feature rows", "FeatureList")},
         "/models": {"get": _read("models", "models", "Every model's versions", [], "ModelList", archive=True)},
         "/models/{name}": {"get": _model()},
@@ -235,6 +237,27 @@ def _rows(operation_id: str, tag: str, summary: str, struct: str) -> Schema:
         archive=True,
     )  # fmt: skip
     operation["description"] = "Oldest first."
+    return operation
+
+
+def _gaps() -> Schema:
+    operation = _read(
+        "gaps", "candles", "What is missing of a series and why",
+        [
+            _parameter("symbol", {"type": "string"}, _SYMBOL, required=True),
+            _parameter("timeframe", _ref("Timeframe"), "", required=True),
+            _parameter("from", _TIME, f"Gaps that reach past this time. {_TIME_TEXT}"),
+            _parameter("to", _TIME, f"Gaps that begin by this time. {_TIME_TEXT}"),
+            _parameter("limit", {**_LIMIT, "default": MAX_LIMIT}, "At most that many gaps, the newest."),
+        ],
+        "GapReport",
+        archive=True,
+    )  # fmt: skip
+    operation["description"] = (
+        "Oldest first, each span of missing bars with its class: `closed session` (named in the broker's clock), `no tick` or "
+        "`transport loss`. Judged by the series' own newest 200,000 bars of that time."
+    )
+    operation["responses"].update(_problems({"404": "The archive has no such bars."}))
     return operation
 
 

@@ -44,19 +44,20 @@ ON CONFLICT (reader, partition) DO UPDATE SET
 -- A version whose values and revision are stored already keeps the sequence, source and time it came with.
 -- name: upsert_market_data
 -- ts[], symbol[], timeframe[], open[], high[], low[], close[], volume[], spread[], real_volume[], revision[], source[],
--- ts_source[], received_at[], candles_seq[]
+-- ts_source[], received_at[], candles_seq[], live[]
 INSERT INTO market_data AS m
     (ts, symbol, timeframe, open, high, low, close, volume, spread, real_volume, revision, source, ts_source,
-     received_at, candles_seq)
+     received_at, candles_seq, live)
 SELECT * FROM unnest(
     $1::timestamptz[], $2::text[], $3::text[], $4::float8[], $5::float8[], $6::float8[], $7::float8[], $8::float8[],
-    $9::float8[], $10::float8[], $11::int4[], $12::text[], $13::text[], $14::timestamptz[], $15::int8[]
+    $9::float8[], $10::float8[], $11::int4[], $12::text[], $13::text[], $14::timestamptz[], $15::int8[],
+    $16::bool[]
 )
 ON CONFLICT (symbol, timeframe, ts) DO UPDATE SET
     open = excluded.open, high = excluded.high, low = excluded.low, close = excluded.close,
     volume = excluded.volume, spread = excluded.spread, real_volume = excluded.real_volume,
     revision = excluded.revision, source = excluded.source, ts_source = excluded.ts_source,
-    received_at = excluded.received_at, candles_seq = excluded.candles_seq
+    received_at = excluded.received_at, candles_seq = excluded.candles_seq, live = excluded.live
 WHERE m.candles_seq <= excluded.candles_seq
     AND (m.open, m.high, m.low, m.close, m.volume, m.spread, m.real_volume, m.revision) IS DISTINCT FROM
         (excluded.open, excluded.high, excluded.low, excluded.close, excluded.volume, excluded.spread,
@@ -66,14 +67,14 @@ WHERE m.candles_seq <= excluded.candles_seq
 -- back. The label goes by its own sequence (fwd_seq); at the same sequence null means "not yet known" and gives way.
 -- name: upsert_features
 -- ts[], symbol[], timeframe[], close[], volume[], spread[], rsi[], macd[], macd_signal[], macd_hist[], atr[], ma60[],
--- ret_1[], fwd_ret_5[], ready[], bar[], candle_revision[], candles_seq[], fwd_seq[]
+-- ret_1[], fwd_ret_5[], ready[], bar[], candle_revision[], candles_seq[], fwd_seq[], ts_source[]
 INSERT INTO features AS f
     (ts, symbol, timeframe, close, volume, spread, rsi, macd, macd_signal, macd_hist, atr, ma60, ret_1, fwd_ret_5,
-     ready, bar, candle_revision, candles_seq, fwd_seq)
+     ready, bar, candle_revision, candles_seq, fwd_seq, ts_source)
 SELECT * FROM unnest(
     $1::timestamptz[], $2::text[], $3::text[], $4::float8[], $5::float8[], $6::float8[], $7::float8[], $8::float8[],
     $9::float8[], $10::float8[], $11::float8[], $12::float8[], $13::float8[], $14::float8[], $15::bool[], $16::int4[],
-    $17::int4[], $18::int8[], $19::int8[]
+    $17::int4[], $18::int8[], $19::int8[], $20::text[]
 )
 ON CONFLICT (symbol, timeframe, ts) DO UPDATE SET
     close = excluded.close, volume = excluded.volume, spread = excluded.spread, rsi = excluded.rsi,
@@ -84,7 +85,8 @@ ON CONFLICT (symbol, timeframe, ts) DO UPDATE SET
         WHEN excluded.fwd_seq = f.fwd_seq THEN coalesce(excluded.fwd_ret_5, f.fwd_ret_5)
         ELSE f.fwd_ret_5 END,
     ready = excluded.ready, bar = excluded.bar, candle_revision = excluded.candle_revision,
-    candles_seq = excluded.candles_seq, fwd_seq = greatest(excluded.fwd_seq, f.fwd_seq)
+    candles_seq = excluded.candles_seq, fwd_seq = greatest(excluded.fwd_seq, f.fwd_seq),
+    ts_source = excluded.ts_source
 WHERE f.candles_seq < excluded.candles_seq
     OR (f.candles_seq = excluded.candles_seq
         AND (f.close, f.volume, f.spread, f.rsi, f.macd, f.macd_signal, f.macd_hist, f.atr, f.ma60, f.ret_1, f.ready,
@@ -124,11 +126,52 @@ ON CONFLICT (id, ts) DO UPDATE SET
     superseded_at = NULL
 WHERE s.candles_seq < excluded.candles_seq;
 
+-- Of a bar's signals by one model only the newest stands; the others keep their rows.
 -- name: supersede_signals
--- id[], ts[], superseded_at[], candles_seq[] of the superseding signals
+-- id[], ts[], symbol[], timeframe[], model_name[], superseded_at[], candles_seq[] of the newest signals
 UPDATE model_signals AS s SET superseded_at = x.superseded_at
-FROM unnest($1::text[], $2::timestamptz[], $3::timestamptz[], $4::int8[]) AS x (id, ts, superseded_at, candles_seq)
-WHERE s.id = x.id AND s.ts = x.ts AND s.candles_seq <= x.candles_seq AND s.superseded_at IS NULL;
+FROM unnest($1::text[], $2::timestamptz[], $3::text[], $4::text[], $5::text[], $6::timestamptz[], $7::int8[])
+    AS x (id, ts, symbol, timeframe, model_name, superseded_at, candles_seq)
+WHERE s.symbol = x.symbol AND s.timeframe = x.timeframe AND s.ts = x.ts AND s.model_name = x.model_name
+    AND s.id <> x.id AND s.candles_seq <= x.candles_seq AND s.superseded_at IS NULL;
+
+-- A signal of a bar that was withdrawn meanwhile: features and signals are archived independently of each other.
+-- name: supersede_withdrawn
+-- id[], ts[] of the signals just stored
+UPDATE model_signals AS s SET superseded_at = w.withdrawn_at
+FROM candle_withdrawals AS w
+WHERE s.id = ANY($1::text[]) AND s.ts = ANY($2::timestamptz[]) AND s.superseded_at IS NULL
+    AND w.symbol = s.symbol AND w.timeframe = s.timeframe AND w.ts = s.ts AND w.candles_seq > s.candles_seq;
+
+-- Bars that were never there: out of both tables, their last values kept, their signals superseded.
+-- name: withdraw_bars
+-- ts[], symbol[], timeframe[], revision[], candles_seq[], withdrawn_at[]
+WITH x AS (
+    SELECT * FROM unnest($1::timestamptz[], $2::text[], $3::text[], $4::int4[], $5::int8[], $6::timestamptz[])
+        AS x (ts, symbol, timeframe, revision, candles_seq, withdrawn_at)
+), gone AS (
+    DELETE FROM market_data AS m USING x
+    WHERE m.symbol = x.symbol AND m.timeframe = x.timeframe AND m.ts = x.ts AND m.candles_seq < x.candles_seq
+    RETURNING m.*, x.candles_seq AS replaced_by_seq
+), kept AS (
+    INSERT INTO candle_revisions
+        (ts, symbol, timeframe, open, high, low, close, volume, spread, real_volume, revision, source, ts_source,
+         received_at, candles_seq, live, replaced_by_seq)
+    SELECT ts, symbol, timeframe, open, high, low, close, volume, spread, real_volume, revision, source, ts_source,
+        received_at, candles_seq, live, replaced_by_seq
+    FROM gone
+    ON CONFLICT DO NOTHING
+), cleared AS (
+    DELETE FROM features AS f USING x
+    WHERE f.symbol = x.symbol AND f.timeframe = x.timeframe AND f.ts = x.ts AND f.candles_seq < x.candles_seq
+), superseded AS (
+    UPDATE model_signals AS s SET superseded_at = x.withdrawn_at FROM x
+    WHERE s.symbol = x.symbol AND s.timeframe = x.timeframe AND s.ts = x.ts AND s.candles_seq < x.candles_seq
+        AND s.superseded_at IS NULL
+)
+INSERT INTO candle_withdrawals (ts, symbol, timeframe, revision, candles_seq, withdrawn_at)
+SELECT ts, symbol, timeframe, revision, candles_seq, withdrawn_at FROM x
+ON CONFLICT DO NOTHING;
 
 -- --- HTTP reads -------------------------------------------------------------------------------------------------
 
@@ -178,21 +221,108 @@ ORDER BY ts DESC, candles_seq DESC, id LIMIT $4;
 
 -- --- features -----------------------------------------------------------------------------------------------------
 
--- The series as the log's first message met it: where a later message replaced a bar, the version before that.
--- name: candles_before
--- symbol, timeframe, candles_seq (exclusive); ascending
-SELECT ts, open, high, low, close, volume, spread, real_volume, revision
+-- The series as the log's first message met it: each bar in the version that was current then.
+-- name: bars_before
+-- symbol, timeframe, after (exclusive) or null, candles_seq (exclusive); ascending
+SELECT ts, open, high, low, close, volume, spread, real_volume, revision, live, source, ts_source, candles_seq
 FROM market_data
-WHERE symbol = $1 AND timeframe = $2 AND candles_seq < $3
+WHERE symbol = $1 AND timeframe = $2 AND ts > coalesce($3::timestamptz, '-infinity') AND candles_seq < $4
 UNION ALL
-SELECT * FROM (
-    SELECT DISTINCT ON (r.ts)
-        r.ts, r.open, r.high, r.low, r.close, r.volume, r.spread, r.real_volume, r.revision
-    FROM candle_revisions AS r JOIN market_data AS m USING (symbol, timeframe, ts)
-    WHERE r.symbol = $1 AND r.timeframe = $2 AND r.candles_seq < $3 AND m.candles_seq >= $3
-    ORDER BY r.ts, r.candles_seq DESC
-) AS replaced
+SELECT ts, open, high, low, close, volume, spread, real_volume, revision, live, source, ts_source, candles_seq
+FROM candle_revisions
+WHERE symbol = $1 AND timeframe = $2 AND ts > coalesce($3::timestamptz, '-infinity')
+    AND candles_seq < $4 AND replaced_by_seq >= $4
 ORDER BY ts;
+
+-- --- series ------------------------------------------------------------------------------------------------------
+
+-- A step of the primary key's index a series, however many bars each has.
+-- name: series_list
+-- symbol or null, timeframe or null
+WITH RECURSIVE s AS (
+    (SELECT symbol, timeframe FROM market_data ORDER BY symbol, timeframe LIMIT 1)
+    UNION ALL
+    SELECT n.symbol, n.timeframe
+    FROM s CROSS JOIN LATERAL (
+        SELECT m.symbol, m.timeframe FROM market_data AS m
+        WHERE (m.symbol, m.timeframe) > (s.symbol, s.timeframe) ORDER BY m.symbol, m.timeframe LIMIT 1
+    ) AS n
+)
+SELECT symbol, timeframe FROM s
+WHERE ($1::text IS NULL OR symbol = $1) AND ($2::text IS NULL OR timeframe = $2);
+
+-- The first row's "before" is the first bar, the last row's "after" the last one; between them the holes. No row where
+-- there is no bar.
+-- name: series_holes
+-- symbol, timeframe, from or null, to or null, limit (the newest bars of that span), seconds from a bar to the next
+WITH bars AS (
+    SELECT ts FROM market_data
+    WHERE symbol = $1 AND timeframe = $2
+        AND ts >= coalesce($3::timestamptz, '-infinity') AND ts <= coalesce($4::timestamptz, 'infinity')
+    ORDER BY ts DESC LIMIT $5
+), pairs AS (
+    SELECT lag(ts) OVER (ORDER BY ts) AS after, ts AS before FROM bars
+)
+SELECT extract(epoch FROM after)::int8 AS after, extract(epoch FROM before)::int8 AS before, NULL::int8 AS bars
+FROM pairs WHERE after IS NULL OR before - after <> make_interval(secs => $6::float8)
+UNION ALL
+SELECT extract(epoch FROM max(ts))::int8, NULL, count(*) FROM bars HAVING count(*) > 0
+ORDER BY before NULLS LAST;
+
+-- name: series_rows
+-- symbol, timeframe, after (exclusive) or null, limit; ascending
+SELECT ts, open, high, low, close, volume, spread, real_volume, source, ts_source
+FROM market_data
+WHERE symbol = $1 AND timeframe = $2 AND ts > coalesce($3::timestamptz, '-infinity')
+ORDER BY ts LIMIT $4;
+
+-- Under the new name a bar counts its revisions anew and has made no signal; the recorder's later rows win over these.
+-- name: copy_market_data
+-- old symbol, new symbol, timeframe, up to ts (included)
+INSERT INTO market_data
+    (ts, symbol, timeframe, open, high, low, close, volume, spread, real_volume, revision, source, ts_source,
+     received_at, candles_seq, live)
+SELECT ts, $2, timeframe, open, high, low, close, volume, spread, real_volume, 0, source, ts_source, received_at,
+    candles_seq, false
+FROM market_data WHERE symbol = $1 AND timeframe = $3 AND ts <= $4
+ON CONFLICT DO NOTHING;
+
+-- name: copy_features
+-- old symbol, new symbol, timeframe, up to ts (included)
+INSERT INTO features
+    (ts, symbol, timeframe, close, volume, spread, rsi, macd, macd_signal, macd_hist, atr, ma60, ret_1, fwd_ret_5,
+     ready, bar, candle_revision, candles_seq, fwd_seq, ts_source)
+SELECT ts, $2, timeframe, close, volume, spread, rsi, macd, macd_signal, macd_hist, atr, ma60, ret_1, fwd_ret_5,
+    ready, bar, 0, candles_seq, fwd_seq, ts_source
+FROM features WHERE symbol = $1 AND timeframe = $3 AND ts <= $4
+ON CONFLICT DO NOTHING;
+
+-- The old name's bars go; as the versions that its signals were made of they are kept among the revisions.
+-- name: retire_market_data
+-- symbol, timeframe, up to ts (included), the CANDLES sequence of the rename
+WITH gone AS (
+    DELETE FROM market_data WHERE symbol = $1 AND timeframe = $2 AND ts <= $3 RETURNING *
+)
+INSERT INTO candle_revisions
+    (ts, symbol, timeframe, open, high, low, close, volume, spread, real_volume, revision, source, ts_source,
+     received_at, candles_seq, live, replaced_by_seq)
+SELECT ts, symbol, timeframe, open, high, low, close, volume, spread, real_volume, revision, source, ts_source,
+    received_at, candles_seq, live, $4
+FROM gone
+ON CONFLICT DO NOTHING;
+
+-- name: retire_features
+-- symbol, timeframe, up to ts (included)
+DELETE FROM features WHERE symbol = $1 AND timeframe = $2 AND ts <= $3;
+
+-- name: record_rename
+-- old symbol, new symbol, timeframe, bars, the CANDLES sequence of the rename, by
+INSERT INTO series_renames AS r (old_symbol, new_symbol, timeframe, bars, candles_seq, by)
+VALUES ($1, $2, $3, $4, $5, $6)
+ON CONFLICT (old_symbol, new_symbol, timeframe, candles_seq) DO UPDATE SET bars = r.bars + excluded.bars;
+
+-- name: list_renames
+SELECT old_symbol, new_symbol, timeframe, renamed_at, bars, candles_seq, by FROM series_renames ORDER BY renamed_at;
 
 -- --- models -----------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ CREATE TABLE market_data (
     ts_source text NOT NULL DEFAULT 'utc',
     received_at timestamptz NOT NULL,
     candles_seq bigint NOT NULL,
+    live boolean NOT NULL DEFAULT true,
     PRIMARY KEY (symbol, timeframe, ts)
 );
 
@@ -43,18 +44,31 @@ CREATE TABLE candle_revisions (
     ts_source text NOT NULL,
     received_at timestamptz NOT NULL,
     candles_seq bigint NOT NULL,
+    live boolean NOT NULL,
     replaced_by_seq bigint NOT NULL,
     PRIMARY KEY (symbol, timeframe, ts, revision, candles_seq)
+);
+
+-- Bars that were withdrawn, as when a broker's clock is restated; a bar may come back, at a higher revision.
+CREATE TABLE candle_withdrawals (
+    ts timestamptz NOT NULL,
+    symbol text NOT NULL,
+    timeframe text NOT NULL,
+    revision integer NOT NULL,
+    candles_seq bigint NOT NULL,
+    withdrawn_at timestamptz NOT NULL,
+    PRIMARY KEY (symbol, timeframe, ts, candles_seq)
 );
 
 CREATE FUNCTION keep_candle_revision() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO candle_revisions
         (ts, symbol, timeframe, open, high, low, close, volume, spread, real_volume, revision, source, ts_source,
-         received_at, candles_seq, replaced_by_seq)
+         received_at, candles_seq, live, replaced_by_seq)
     VALUES
         (OLD.ts, OLD.symbol, OLD.timeframe, OLD.open, OLD.high, OLD.low, OLD.close, OLD.volume, OLD.spread,
-         OLD.real_volume, OLD.revision, OLD.source, OLD.ts_source, OLD.received_at, OLD.candles_seq, NEW.candles_seq)
+         OLD.real_volume, OLD.revision, OLD.source, OLD.ts_source, OLD.received_at, OLD.candles_seq, OLD.live,
+         NEW.candles_seq)
     ON CONFLICT DO NOTHING;
     RETURN NULL;
 END
@@ -90,16 +104,17 @@ CREATE TABLE features (
     candle_revision integer NOT NULL,
     candles_seq bigint NOT NULL,
     fwd_seq bigint NOT NULL,
+    ts_source text NOT NULL DEFAULT 'utc',
     PRIMARY KEY (symbol, timeframe, ts)
 ) WITH (fillfactor = 90);
 
--- What a training may use: ready rows whose label is known; label is the sign of fwd_ret_5 (0 is a tie).
+-- What a training may use: ready rows whose label is known and whose time is not a guess; label is the sign of fwd_ret_5 (0 is a tie).
 CREATE VIEW trainset AS
 SELECT
     ts, symbol, timeframe, close, volume, spread, rsi, macd, macd_signal, macd_hist, atr, ma60, ret_1, fwd_ret_5,
     ready, bar, candle_revision, candles_seq, sign(fwd_ret_5)::smallint AS label
 FROM features
-WHERE ready AND fwd_ret_5 IS NOT NULL;
+WHERE ready AND fwd_ret_5 IS NOT NULL AND ts_source <> 'assumed';
 
 DO $$
 DECLARE
@@ -179,6 +194,18 @@ CREATE TABLE cursors (
     stored_at timestamptz NOT NULL,
     updated_at timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (reader, partition)
+);
+
+-- A broker's new name for a series: bars and features have moved, signals keep the name that they were made under.
+CREATE TABLE series_renames (
+    old_symbol text NOT NULL,
+    new_symbol text NOT NULL,
+    timeframe text NOT NULL,
+    renamed_at timestamptz NOT NULL DEFAULT now(),
+    bars bigint NOT NULL,
+    candles_seq bigint NOT NULL,
+    by text NOT NULL,
+    PRIMARY KEY (old_symbol, new_symbol, timeframe, candles_seq)
 );
 
 -- Does nothing where TimescaleDB is not installed or not preloaded (creating the extension would end the connection).

@@ -12,7 +12,7 @@ from actors.features import Features
 from bus.client import Bus
 from bus.subjects import FEATURES, MODELS, SIGNALS
 from schema.messages import ModelEvent, Signal
-from tests.builders import put, read_until, running, walk
+from tests.builders import LIVE, put, read_until, running, walk
 from tests.models import files, manifest_of, release
 
 BOTH = (Features, Emitter)
@@ -46,7 +46,7 @@ async def test_a_provisional_model_speaks_at_once_and_its_signals_are_a_pure_fun
     rows = walk(420)
     artifacts = files()
     served = ServedModel(manifest_of(artifacts), artifacts[ONNX_FILE])
-    expected = append(SeriesState("EURUSD", "M1"), rows).rows
+    expected = append(SeriesState("EURUSD", "M1"), rows, LIVE).rows
     async with running(*BOTH, nats_url=nats_url):
         seq = await put(bus, rows[:320], history=True)
         await read_until(bus, FEATURES, lambda blocks: bool(blocks))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 import pytest
 
@@ -13,15 +15,23 @@ from deploy.embedded import NatsServer
 from schema.messages import Candle, FeatureBlock, FeatureRow
 from schema.settings import Features as FeatureSettings
 from schema.settings import Settings
-from tests.builders import final_rows, put, read_until, running, walk
+from tests.builders import LIVE, final_rows, put, read_until, running, walk
 
 QUICK = Settings(features=FeatureSettings(snapshot_seconds=0.05))
 
 
 def undisturbed(rows: list[Candle]) -> list[FeatureRow]:
     """The pure core over the whole series at once."""
-    change = append(SeriesState("EURUSD", "M1"), rows)
-    return change.rows
+    change = append(SeriesState("EURUSD", "M1"), rows, LIVE)
+    return plain(change.rows)
+
+
+def plain(rows: Iterable[FeatureRow]) -> list[FeatureRow]:
+    """Rows without what tells of their bars' past."""
+    return [
+        msgspec.structs.replace(r, revision=0, replaces=None, replaces_seq=None, source=None, ts_source="utc", live=True)
+        for r in rows
+    ]
 
 
 def reached(seq: int):  # type: ignore[no-untyped-def]
@@ -34,7 +44,7 @@ async def test_blocks_and_single_candles_give_the_rows_of_the_whole_series(bus: 
         await put(bus, rows[:1_400], size=333)
         last = await put(bus, rows[1_400:], size=1)
         blocks = await read_until(bus, FEATURES, reached(last))
-    assert list(final_rows(blocks).values()) == undisturbed(rows)
+    assert plain(final_rows(blocks).values()) == undisturbed(rows)
     assert all(isinstance(b, FeatureBlock) and b.candles_seq for b in blocks)
 
 
@@ -51,7 +61,7 @@ async def test_a_restart_resumes_from_its_snapshot_and_doubles_nothing(bus: Bus,
         blocks = await read_until(bus, FEATURES, reached(last))
     sequences = [b.candles_seq for b in blocks]
     assert sequences == list(range(1, last + 1))
-    assert list(final_rows(blocks).values()) == undisturbed(rows)
+    assert plain(final_rows(blocks).values()) == undisturbed(rows)
 
 
 @pytest.mark.parametrize("keep", [0, 3])
@@ -64,7 +74,7 @@ async def test_a_lost_tail_is_made_whole_with_the_same_bits(bus: Bus, nats_url: 
         await bus.js.delete_msg("FEATURES", seq)
     async with running(Features, nats_url=nats_url, settings=QUICK):
         blocks = await read_until(bus, FEATURES, reached(last))
-    assert list(final_rows(blocks).values()) == list(final_rows(before).values()) == undisturbed(rows)
+    assert plain(final_rows(blocks).values()) == plain(final_rows(before).values()) == undisturbed(rows)
 
 
 async def test_a_missing_or_too_new_snapshot_means_a_rebuild(bus: Bus, nats_url: str) -> None:
@@ -77,14 +87,14 @@ async def test_a_missing_or_too_new_snapshot_means_a_rebuild(bus: Bus, nats_url:
     async with running(Features, nats_url=nats_url, settings=QUICK):
         last = await put(bus, rows[200:250], size=1)
         blocks = await read_until(bus, FEATURES, reached(last))
-    assert list(final_rows(blocks).values()) == undisturbed(rows[:250])
+    assert plain(final_rows(blocks).values()) == undisturbed(rows[:250])
     state = msgspec.json.decode((await kv.get("M1.EURUSD")).value or b"", type=SeriesState)
     state.seq = 10_000
     await kv.put("M1.EURUSD", msgspec.json.encode(state))
     async with running(Features, nats_url=nats_url, settings=QUICK):
         last = await put(bus, rows[250:], size=1)
         blocks = await read_until(bus, FEATURES, reached(last))
-    assert list(final_rows(blocks).values()) == undisturbed(rows)
+    assert plain(final_rows(blocks).values()) == undisturbed(rows)
 
 
 async def test_repeats_of_old_bars_change_nothing(bus: Bus, nats_url: str) -> None:
@@ -112,8 +122,7 @@ async def test_a_late_and_a_revised_bar_recompute_what_follows(bus: Bus, nats_ur
         await put(bus, [rows[100]], size=1)
         last = await put(bus, [rows[250]], size=1)
         blocks = await read_until(bus, FEATURES, reached(last))
-    final = [msgspec.structs.replace(row, revision=0) for _, row in sorted(final_rows(blocks).items())]
-    assert final == undisturbed(rows)
+    assert plain(row for _, row in sorted(final_rows(blocks).items())) == undisturbed(rows)
     assert final_rows(blocks)[rows[250].ts].revision == 1
     assert final_rows(blocks)[rows[100].ts].revision == 0
 
@@ -130,7 +139,7 @@ async def test_a_killed_server_and_a_deleted_consumer_are_healed(bus: Bus, nats:
         nats.start()
         last = await put(bus, rows[200:], size=10)
         blocks = await read_until(bus, FEATURES, reached(last), seconds=60)
-    assert list(final_rows(blocks).values()) == undisturbed(rows)
+    assert plain(final_rows(blocks).values()) == undisturbed(rows)
 
 
 async def test_what_cannot_be_decoded_is_parked_and_the_rest_goes_on(bus: Bus, nats_url: str) -> None:
@@ -141,5 +150,5 @@ async def test_what_cannot_be_decoded_is_parked_and_the_rest_goes_on(bus: Bus, n
         last = await put(bus, rows[10:])
         blocks = await read_until(bus, FEATURES, reached(last))
         parked = await bus.js.get_last_msg("REJECTS", "rejects.features")
-    assert list(final_rows(blocks).values()) == undisturbed(rows)
+    assert plain(final_rows(blocks).values()) == undisturbed(rows)
     assert b"cannot be decoded" in (parked.data or b"")

@@ -14,7 +14,7 @@ import pytest
 
 from actors.core.batching import Batch, reduce_features, reduce_signals
 from bus.store import Store, StoreRejected, StoreUnavailable
-from schema.messages import FeatureBlock, FeatureRow, Fill, Signal
+from schema.messages import FeatureBlock, FeatureRow, Fill, Signal, Withdrawn
 
 T0 = datetime(2025, 2, 3, 9, 30, tzinfo=UTC)
 MINUTE = timedelta(minutes=1)
@@ -168,7 +168,7 @@ async def test_an_older_sequence_never_wins(store: Store) -> None:
 @pytest.mark.parametrize("together", [True, False], ids=["one batch", "three batches"])
 async def test_every_version_of_a_bar_is_kept(store: Store, together: bool) -> None:
     blocks = [
-        block(1, row(1), row(2), source="Broker-Demo"),
+        block(1, row(1, source="Broker-Demo"), row(2)),
         block(2, row(1, close=1.15, revision=1), row(2)),
         block(3, row(1, close=1.16, revision=2), row(2)),
     ]
@@ -191,12 +191,40 @@ async def test_a_series_is_known_as_it_was_before_a_sequence(store: Store) -> No
     await archive(store, *([one] for one in versions))
 
     async def before(seq: int) -> list[tuple[float, int]]:
-        return [(candle.close, revision) for candle, revision in await store.candles_before("EURUSD", "M1", seq)]
+        return [(bar.candle.close, bar.revision) for bar in await store.bars_before("EURUSD", "M1", None, seq)]
 
     assert await before(1) == []
     assert await before(2) == await before(5) == [(1.1, 0), (1.1, 0)]
     assert await before(6) == [(1.15, 1), (1.1, 0)]
     assert await before(10) == [(1.16, 2), (1.1, 0)]
+    (later,) = await store.bars_before("EURUSD", "M1", T0 + MINUTE, 10)
+    assert later.candle.ts == T0 + 2 * MINUTE
+
+
+async def test_a_withdrawn_bar_is_gone_its_values_are_kept_and_its_signal_is_superseded(store: Store) -> None:
+    gone = [Withdrawn(ts=T0 + MINUTE, revision=1)]
+    await archive(store, [block(1, row(1), row(2))])
+    early = reduce_signals([signal("a", 1, bar=1), signal("b", 1, bar=2)])
+    late = reduce_signals([signal("c", 1, bar=1)])
+    await execute(store, early)
+    await archive(store, [block(2, withdrawn=tuple(gone)), block(3, row(3))])
+    await execute(store, late)  # archived after the withdrawal, made before it
+    assert [c.ts for c in await store.candles("EURUSD", "M1", limit=9)] == [T0 + 2 * MINUTE, T0 + 3 * MINUTE]
+    assert len(await store.features("EURUSD", "M1", limit=9)) == 2
+    async with store.connection() as connection:
+        kept = await connection.fetch("SELECT close, revision, replaced_by_seq FROM candle_revisions")
+        live = await connection.fetch("SELECT id FROM model_signals WHERE superseded_at IS NULL")
+    assert [tuple(r) for r in kept] == [(1.1, 0, 2)]
+    assert [r["id"] for r in live] == ["b"]
+    await archive(store, [block(2, withdrawn=tuple(gone))], [block(4, row(1, revision=2))])
+    assert len(await store.candles("EURUSD", "M1", limit=9)) == 3
+    assert [bar.candle.ts for bar in await store.bars_before("EURUSD", "M1", None, 2)] == [T0 + MINUTE, T0 + 2 * MINUTE]
+
+
+async def execute(store: Store, batch: Batch) -> None:
+    async with store.transaction() as connection:
+        for statement in batch.statements:
+            await connection.execute(store.sql(statement.query), *statement.columns)
 
 
 async def test_labels_have_a_sequence_of_their_own(store: Store) -> None:
@@ -367,7 +395,7 @@ async def test_killed_connections_are_replaced(store: Store, pg_url: str) -> Non
     await store.wait_until_up(5.0)
 
     async def killed_half_way() -> None:
-        (statement,) = reduce_signals([signal("a", 1)]).statements
+        statement = reduce_signals([signal("a", 1)]).statements[0]
         async with store.transaction() as connection:
             await connection.execute(store.sql(statement.query), *statement.columns)
             pid = await connection.fetchval("SELECT pg_backend_pid()")

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from actors.core.features import READY_AFTER, Columns, FeatureState, forward_returns
 from actors.core.files import decode_lines, read_bars
-from actors.core.series import History, SeriesState, append, split
+from actors.core.series import SeriesState, append, split
 from schema.messages import Candle
-from tests.builders import walk
+from tests.builders import LIVE, walk
 
 NAMES = Columns.__struct_fields__
 
@@ -123,15 +123,15 @@ def test_any_split_and_any_restart_is_bit_identical(
     sizes: list[int], count: int, restart: int, seed: int, gaps: float
 ) -> None:
     rows = walk(count, seed=seed, gaps=gaps)
-    whole = append(SeriesState("X", "M1"), rows) if rows else None
+    whole = append(SeriesState("X", "M1"), rows, LIVE) if rows else None
     state = SeriesState("X", "M1")
     made: dict[object, object] = {}
     at, turn = 0, 0
     while at < len(rows):
         size = sizes[turn % len(sizes)]
-        fresh, older = split(state, rows[at : at + size])
+        fresh, older = split(state, rows[at : at + size], LIVE)
         assert not older
-        change = append(state, fresh)
+        change = append(state, fresh, LIVE)
         made |= {row.ts: row for row in change.rows}
         for fill in change.fills:
             made[fill.ts] = msgspec.structs.replace(made[fill.ts], fwd_ret_5=fill.fwd_ret_5)
@@ -164,46 +164,8 @@ def test_labels_are_the_fifth_following_close(count: int, cut: int, gaps: float,
 
 
 def test_a_row_is_ready_after_300_bars() -> None:
-    rows = append(SeriesState("X", "M1"), walk(400)).rows
+    rows = append(SeriesState("X", "M1"), walk(400), LIVE).rows
     assert [row.bar for row in rows if row.ready][0] == READY_AFTER == 300
-
-
-@given(
-    order=st.permutations(range(40)),
-    again=st.lists(st.integers(0, 39), max_size=20),
-    wrong=st.dictionaries(st.integers(0, 39), st.floats(0.5, 0.9), max_size=4),
-)
-def test_history_ends_the_same_whatever_the_order(order: list[int], again: list[int], wrong: dict[int, float]) -> None:
-    rows = walk(40)
-    history = History()
-    for i in order:
-        if i in wrong:
-            history.apply([msgspec.structs.replace(rows[i], low=wrong[i])])
-        history.apply([rows[i]])
-    for i in again:
-        assert history.apply([rows[i]]) is None
-        if i in wrong:
-            assert history.apply([msgspec.structs.replace(rows[i], low=wrong[i])]) is None  # a former version
-    state = SeriesState("X", "M1")
-    change = history.recompute(state, 0)
-    assert [msgspec.structs.replace(r, revision=0) for r in change.rows] == append(SeriesState("X", "M1"), rows).rows
-    assert [r.revision for r in change.rows] == [int(i in wrong) for i in range(40)]
-    history.apply(walk(41)[40:])  # the arrays can grow again
-
-
-def test_a_recomputation_gives_the_changed_rows_and_the_labels_before_them() -> None:
-    rows = walk(200)
-    history, state = History(), SeriesState("X", "M1")
-    history.apply([r for r in rows if r is not rows[100]])
-    before = {row.ts: row for row in history.recompute(state, 0).rows}
-    at = history.apply([rows[100]])
-    assert at == 100
-    change = history.recompute(state, at)
-    assert [row.ts for row in change.rows] == [row.ts for row in rows[100:]]
-    after = before | {row.ts: row for row in change.rows}
-    for fill in change.fills:
-        after[fill.ts] = msgspec.structs.replace(after[fill.ts], fwd_ret_5=fill.fwd_ret_5)
-    assert list(dict(sorted(after.items())).values()) == append(SeriesState("X", "M1"), rows).rows
 
 
 def test_a_block_costs_a_fraction_of_single_steps() -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from bus import permissions
+from commands.up import ACTORS, actor_class, processes
 from runner import parser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -225,3 +227,22 @@ def test_every_command_names_a_handler_and_can_be_parsed() -> None:
     assert top.parse_args(["topology", "apply", "--json"]).handler == "commands.topology:apply"
     assert top.parse_args(["topology", "--json"]).json
     assert top.parse_args(["models", "rollback", "--reason", "drift"]).reason == "drift"
+
+
+@pytest.mark.parametrize(
+    ("names", "isolate", "expected"),
+    [
+        ([], False, {"hot": ("collector", "features", "emitter"), "recorder": ("recorder",), "trainer": ("trainer",)}),
+        ([], True, {name: (name,) for name in ACTORS}),
+        (["emitter", "collector", "emitter"], False, {"hot": ("collector", "emitter")}),
+        (["trainer", "features"], False, {"features": ("features",), "trainer": ("trainer",)}),
+    ],
+)
+def test_the_hot_path_shares_a_process(names: list[str], isolate: bool, expected: dict[str, tuple[str, ...]]) -> None:
+    assert processes(names, isolate=isolate) == expected
+
+
+def test_every_actor_of_the_registry_is_an_actor() -> None:
+    for name in ACTORS:
+        assert actor_class(name).name == name
+    assert {user.name for user in permissions.users()} == {*ACTORS, permissions.OPERATOR}

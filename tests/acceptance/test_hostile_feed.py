@@ -1,0 +1,297 @@
+"""The archive after the worst feed equals the archive after a clean one, bit by bit, on real actors and servers."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+import tempfile
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import aiohttp
+import asyncpg
+import msgspec
+import pytest
+
+from actors.collector import Collector
+from actors.core.manifest import MANIFEST_FILE
+from actors.emitter import Emitter
+from actors.features import Features
+from actors.recorder import Recorder
+from bus import topology
+from bus.client import Bus
+from bus.subjects import MODELS
+from deploy.embedded import PostgresServer
+from deploy.server import free_port
+from schema.messages import IngestAnswer
+from schema.settings import Features as FeaturesSettings
+from schema.settings import Gateway, Settings
+from schema.settings import Recorder as RecorderSettings
+from tests import hostile, models
+from tests.builders import read_until, running
+from tests.hostile import KINDS, Feed, Kind, Post
+from tests.servers import OPERATOR, cloned_database, nats_server
+
+SEEDS_A_RUN: Final = 25
+CI_SEEDS: Final = 200
+TORTURE_SEEDS: Final = 2_000
+QUIET: Final = 0.5  # seconds that bars before a series' first wait for more of them: ten in service
+PATIENCE: Final = 60.0
+SENTINEL: Final = "SENTINEL"
+
+CANDLE: Final = ("open", "high", "low", "close", "volume", "spread", "real_volume")
+FEATURE: Final = (
+    "close",
+    "volume",
+    "spread",
+    "rsi",
+    "macd",
+    "macd_signal",
+    "macd_hist",
+    "atr",
+    "ma60",
+    "ret_1",
+    "fwd_ret_5",
+    "ready",
+    "bar",
+)
+SIGNAL: Final = ("prob_up", "label", "abstain", "features_hash", "model_version")
+QUERIES: Final[Mapping[str, str]] = {
+    "market_data": f"SELECT symbol, timeframe, ts, {', '.join(CANDLE)} FROM market_data",
+    "features": f"SELECT symbol, timeframe, ts, {', '.join(FEATURE)} FROM features",
+    "model_signals": f"SELECT symbol, timeframe, ts, {', '.join(SIGNAL)} FROM model_signals WHERE superseded_at IS NULL",
+}
+
+Key = tuple[str, str, datetime]
+Table = dict[Key, list[tuple[Any, ...]]]
+Archive = dict[str, Table]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where runs happen: PostgreSQL, a migrated template, and a folder for nats-servers."""
+
+    postgres: str
+    template: str
+    folder: Path
+
+    async def archive(self, feeds: Sequence[Feed], which: Literal["clean", "hostile"], senders: int = 1) -> Archive:
+        """What a system of its own holds after these feeds, once it has nothing left to do."""
+        port = free_port()
+        settings = _settings(feeds, port)
+        folder = Path(tempfile.mkdtemp(prefix="hostile-", dir=self.folder))
+        with nats_server(folder) as server:
+            url = server.url(OPERATOR)
+            async with cloned_database(self.postgres, self.template) as database:
+                bus = await Bus.connect(url, name="operator")
+                try:
+                    await topology.apply(bus.js, settings.streams)
+                    async with running(
+                        Collector, Features, Emitter, Recorder, nats_url=url, database_url=database, settings=settings
+                    ):
+                        await models.release(bus, _model(_symbols(feeds)), "champion")
+                        await read_until(bus, MODELS, lambda events: any(e.event == "activated" for e in events))
+                        gateway = f"http://127.0.0.1:{port}/ingest"
+                        await _send(gateway, hostile.merged(feeds, which), senders)
+                        return await _settled(gateway, database, feeds)
+                finally:
+                    await bus.close()
+
+
+@pytest.fixture
+def stage(postgres: PostgresServer, pg_template: str, server_folder: Path) -> Stage:
+    return Stage(postgres.url, pg_template, server_folder)
+
+
+def _settings(feeds: Sequence[Feed], port: int) -> Settings:
+    symbols = {name: symbol for feed in feeds for name, symbol in feed.symbols.items()}
+    clocks = {name: {"rule": rule} for feed in feeds for name, rule in feed.clocks.items()}
+    known = Settings.__struct_fields__
+    tree: dict[str, Any] = {
+        "gateway": msgspec.to_builtins(Gateway(port=port)),
+        "recorder": msgspec.to_builtins(RecorderSettings(linger=0.02)),
+        "features": {"quiet_seconds": QUIET},
+        "symbols": msgspec.to_builtins(symbols),
+        "clock": clocks,
+    }
+    tree = {k: v for k, v in tree.items() if k in known}
+    if "quiet_seconds" not in FeaturesSettings.__struct_fields__:
+        tree.pop("features")
+    return msgspec.convert(tree, Settings)
+
+
+def _symbols(feeds: Sequence[Feed]) -> tuple[str, ...]:
+    return tuple(sorted({one.symbol for feed in feeds for one in feed.series if one.timeframe == "M1"}))
+
+
+def _model(symbols: tuple[str, ...]) -> dict[str, bytes]:
+    """A version that serves these symbols and says up and down, so that labels are worth comparing."""
+    artifacts = _trained()
+    manifest = msgspec.structs.replace(
+        models.manifest_of(artifacts), symbols=symbols, threshold=0.5, max_spread=dict.fromkeys(symbols, 20.0)
+    )
+    return artifacts | {MANIFEST_FILE: msgspec.json.encode(manifest)}
+
+
+@functools.cache
+def _trained() -> dict[str, bytes]:
+    return models.files(1)
+
+
+async def _send(url: str, posts: Sequence[Post], senders: int) -> None:
+    """Posts everything; each sender takes the next payload and waits for what must have been answered before."""
+    answered = [asyncio.Event() for _ in posts]
+    todo = iter(range(len(posts)))
+
+    async with aiohttp.ClientSession() as http, asyncio.TaskGroup() as group:
+
+        async def sender() -> None:
+            for at in todo:
+                post = posts[at]
+                for other in post.after:
+                    await answered[other].wait()
+                async with http.post(
+                    url, data=post.body, headers={"Content-Type": "application/json", **post.headers}
+                ) as r:
+                    answer = await r.read()
+                    said = msgspec.json.decode(answer, type=IngestAnswer) if r.status == 200 else None
+                    assert said is not None, f"{r.status} {answer!r} to {post.note}"
+                    assert not said.rejected, f"{answer!r} to {post.note}"
+                answered[at].set()
+
+        for _ in range(senders):
+            group.create_task(sender())
+
+
+async def _settled(url: str, database: str, feeds: Sequence[Feed]) -> Archive:
+    """The archive once nothing is on its way any more.
+
+    Streams are worked off in order: when a bar that was sent last has its signal in the archive, so has all before it.
+    Only bars before a series' first are taken in later: they are what market_data may lack until the patience ends.
+    """
+    truth = _truth(feeds)
+    deadline = time.monotonic() + PATIENCE
+    connection = await asyncpg.connect(database)
+    try:
+        whole = False
+        for number in itertools.count():
+            await _pass_through(url, connection, number)
+            archive = {table: await _table(connection, query) for table, query in QUERIES.items()}
+            if whole or time.monotonic() > deadline:
+                return archive
+            # The rows may have come between the signal and the reading: one more pass brings what they made.
+            whole = archive["market_data"] == truth
+            await asyncio.sleep(0.0 if whole else QUIET / 4)
+        raise AssertionError("unreachable")
+    finally:
+        await connection.close()
+
+
+async def _pass_through(url: str, connection: Any, number: int) -> None:
+    """Sends one bar of a series of its own and waits until the archive has its signal."""
+    ts = 1_700_000_040 + 60 * number
+    price = {"open": 1.1, "high": 1.1, "low": 1.1, "close": 1.1, "volume": 1}
+    async with aiohttp.ClientSession() as http:
+        async with http.post(url, json={"ts": ts, "symbol": SENTINEL, "timeframe": "M1"} | price) as response:
+            assert response.status == 200, await response.text()
+    arrived = (
+        "SELECT (SELECT count(*) FROM model_signals WHERE symbol = $1) > $2"
+        " AND (SELECT count(*) FROM features WHERE symbol = $1) > $2"
+    )
+    deadline = time.monotonic() + PATIENCE
+    while not await connection.fetchval(arrived, SENTINEL, number):
+        assert time.monotonic() < deadline, "a bar's signal never reached the archive"
+        await asyncio.sleep(0.02)
+
+
+async def _table(connection: Any, query: str) -> Table:
+    """Rows by series and time; floats as their bits, so that equal means identical."""
+    rows: Table = {}
+    for symbol, timeframe, ts, *values in await connection.fetch(query):
+        if symbol != SENTINEL:
+            rows.setdefault((symbol, timeframe, ts), []).append(tuple(map(_bits, values)))
+    for values in rows.values():
+        values.sort(key=repr)
+    return rows
+
+
+def _bits(value: Any) -> Any:
+    return value.hex() if isinstance(value, float) else value
+
+
+def _truth(feeds: Sequence[Feed]) -> Table:
+    """What market_data must hold, from the generator itself."""
+    return {
+        (*one.key, datetime.fromtimestamp(bar.ts, UTC)): [tuple(map(_bits, (*bar.truth, 0.0)))]
+        for feed in feeds
+        for one in feed.series
+        for bar in one.bars
+    }
+
+
+def _first_difference(feeds: Sequence[Feed], wanted: Table, found: Table) -> str | None:
+    """The first bar in which two tables differ, with its seed; None where they are equal."""
+    if wanted == found:
+        return None
+    key = min(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
+    count = sum(wanted.get(k) != found.get(k) for k in wanted.keys() | found.keys())
+    where = next(((f.seed, s) for f in feeds for s in f.series if s.key == key[:2]), None)
+    if where is None:
+        return f"{key} is no bar of any feed"
+    seed, series = where
+    seeds = sorted(
+        {
+            f.seed
+            for f in feeds
+            for s in f.series
+            for k in wanted.keys() | found.keys()
+            if k[:2] == s.key and wanted.get(k) != found.get(k)
+        }
+    )
+    at = next((i for i, bar in enumerate(series.bars) if bar.ts == int(key[2].timestamp())), None)
+    return (
+        f"seed {seed} ({series.mode}; {', '.join(sorted(series.kinds))}): bar {at} of {len(series.bars)} "
+        f"({series.history} history), {key}, and {count - 1} more rows (seeds {seeds}):\n"
+        f"  wanted {wanted.get(key)}\n  found  {found.get(key)}"
+    )
+
+
+def _compare(feeds: Sequence[Feed], clean: Archive, hostile_: Archive, how: str) -> None:
+    for table in QUERIES:
+        difference = _first_difference(feeds, clean[table], hostile_[table])
+        assert difference is None, f"{table} {how}: {difference}"
+
+
+async def _hold(stage: Stage, seeds: range, kinds: Collection[Kind] = KINDS) -> None:
+    feeds = [hostile.make(seed, kinds) for seed in seeds]
+    clean = await stage.archive(feeds, "clean")
+    difference = _first_difference(feeds, _truth(feeds), clean["market_data"])
+    assert difference is None, f"the clean feed is not stored as it is: {difference}"
+    live = sum(len(one.bars) - one.history for feed in feeds for one in feed.series)
+    assert sum(map(len, clean["model_signals"].values())) == live
+    for senders in (1, 8):
+        _compare(feeds, clean, await stage.archive(feeds, "hostile", senders), f"with {senders} sender(s)")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, CI_SEEDS, SEEDS_A_RUN))
+async def test_the_archive_of_a_hostile_feed_equals_that_of_the_clean_one(stage: Stage, first: int) -> None:
+    await _hold(stage, range(first, first + SEEDS_A_RUN))
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("first", range(CI_SEEDS, TORTURE_SEEDS, SEEDS_A_RUN))
+async def test_ten_times_as_many_seeds(stage: Stage, first: int) -> None:
+    await _hold(stage, range(first, first + SEEDS_A_RUN))
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+async def test_each_kind_of_hostility_alone(stage: Stage, kind: Kind) -> None:
+    """Where the whole feed fails, this names the kind that is to blame."""
+    kinds: set[Kind] = {kind} | ({"clock"} if kind in {"dst", "taken_back"} else set())
+    await _hold(stage, range(5), kinds)

@@ -1,0 +1,538 @@
+"""A seeded hostile feed made from a clean one: what bad terminals and networks do to candles, with a truth to compare.
+
+Each series is watched by a simulated terminal. A bar has a life: it forms, it closes (perhaps with wrong values), it is
+corrected, a correction is taken back. A payload is a snapshot of that life at one moment, and the feed delivers
+snapshots in any order, several times, cut anew, in every shape. In ``clock`` series the payload says its moment
+(``server_time``), which orders versions whatever the order of delivery. Without it only the log orders them, so a
+snapshot that holds a newer version waits until the older one was answered (:attr:`Post.after`): a sender who does not
+wait has no right answer to expect.
+
+The truth is the clean feed: every bar once, in order, with its final values.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from itertools import islice
+from typing import Any, Final, Literal, get_args
+
+from schema.settings import Symbol
+
+Kind = Literal[
+    "duplicates",  # payloads sent again, word by word or in another shape
+    "forming",  # the newest bar resent every few seconds with changing values
+    "reorder",  # payloads overtake each other, a bounded way
+    "gaps",  # bars that are held back and come long after their successors
+    "before_first",  # bars before the series' first come last
+    "corrections",  # wrong values first, the right ones later
+    "taken_back",  # right, then wrong, then right again
+    "shapes",  # every accepted shape, time and volume spelling, trailing NUL
+    "gzip",
+    "sources",  # a second terminal with other values, and true ones where the first has none
+    "clock",  # broker time with clock fields
+    "dst",  # the feed crosses a change of daylight-saving time
+    "recut",  # a payload sent again as after a 503, cut at other places
+]
+KINDS: Final[frozenset[Kind]] = frozenset(get_args(Kind))
+
+MINUTES: Final = {"M1": 1, "M5": 5, "M15": 15, "M30": 30, "H1": 60}
+SPELLINGS: Final = {"M1": "1m", "M5": "5m", "M15": "15m", "M30": "30m", "H1": "1h"}
+SYMBOLS: Final = ("EURUSD{}.m", "GBPUSD{}!", "@ES{}", "XAU USD {}", "US30{}#", "Öl {}", "50%>{}*")
+PREAMBLE: Final = 290  # bars of history before the live part of a deep series: rows are ready after 300
+DEEP: Final = 34  # live bars of a deep series
+SHALLOW: Final = 24  # bars of a series without history
+REORDER: Final = 6.0  # places that a payload falls behind at most
+FIRST: Final = -1e9  # where the history stands in the order of delivery
+LAST: Final = 1e9
+
+# Brokers' clocks: an offset in hours, or a family that changes with the season. Each terminal is named after its clock,
+# so that one rule a source serves every series of every seed.
+ZONES: Final = (0, 2, 3, "new_york+7", "Europe/Athens")
+_WINTER: Final = 2  # hours ahead of UTC of both families
+_SUMMER: Final = {
+    "new_york+7": (datetime(2025, 3, 9, 7, tzinfo=UTC), datetime(2025, 11, 2, 6, tzinfo=UTC)),
+    "Europe/Athens": (datetime(2025, 3, 30, 1, tzinfo=UTC), datetime(2025, 10, 26, 1, tzinfo=UTC)),
+}
+
+Values = tuple[float, float, float, float, float, float]  # open, high, low, close, volume, spread
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A bar's life: ``versions`` are (from which moment, values), the last is the truth; before ``end`` it forms."""
+
+    ts: int
+    end: int
+    versions: tuple[tuple[int, Values], ...]
+
+    @property
+    def truth(self) -> Values:
+        return self.versions[-1][1]
+
+    @property
+    def settled(self) -> int:
+        """The moment from which the truth stands."""
+        return self.versions[-1][0]
+
+    def version(self, moment: int) -> int:
+        """The place of the version that stands at ``moment``, which is at or after the end."""
+        return max(i for i, (since, _) in enumerate(self.versions) if i == 0 or since <= moment)
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One series' truth: ``history`` is the number of its first bars that came as history and make no signals."""
+
+    symbol: str
+    timeframe: str
+    bars: tuple[Bar, ...]
+    history: int
+    mode: Literal["plain", "replay", "clock"]
+    kinds: frozenset[Kind]
+    owner: str
+    other: str
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.symbol, self.timeframe
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """One payload; it may be sent as soon as the posts whose places stand in ``after`` were answered."""
+
+    body: bytes
+    headers: Mapping[str, str]
+    after: tuple[int, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """One seed's feeds. Sent in order by one sender, or by many that respect ``after``."""
+
+    seed: int
+    series: tuple[Series, ...]
+    clean: tuple[Post, ...]
+    hostile: tuple[Post, ...]
+
+    @property
+    def symbols(self) -> dict[str, Symbol]:
+        """The settings that the feed needs: whose word counts where two terminals send one symbol."""
+        return {s.symbol: Symbol(priority=(s.owner, s.other)) for s in self.series if "sources" in s.kinds}
+
+    @property
+    def clocks(self) -> dict[str, str]:
+        """The rules that the feed's sources need: without one the past's daylight-saving time is not known."""
+        return {
+            name: zone
+            for s in self.series
+            if s.mode == "clock"
+            for name in (s.owner, s.other)
+            if isinstance(zone := _zone(name), str)
+        }
+
+
+def make(seed: int, kinds: Collection[Kind] = KINDS) -> Feed:
+    """The feeds of one seed: a deep M1 series with history and a shallow one, with only these kinds of hostility."""
+    rng = random.Random(seed)
+    series = (
+        _series(rng, f"{seed}x0", "M1", PREAMBLE, DEEP, kinds),
+        _series(rng, f"{seed}x1", rng.choice(sorted(MINUTES)), 0, SHALLOW, kinds),
+    )
+    return Feed(
+        seed,
+        series,
+        tuple(_interleaved(rng, [_clean(one) for one in series])),
+        tuple(_interleaved(rng, [_Hostile(rng, one).posts() for one in series])),
+    )
+
+
+def merged(feeds: Sequence[Feed], which: Literal["clean", "hostile"]) -> list[Post]:
+    """Several seeds' posts as one list, interleaved by chance."""
+    rng = random.Random(feeds[0].seed)
+    return _interleaved(rng, [feed.clean if which == "clean" else feed.hostile for feed in feeds])
+
+
+def _interleaved(rng: random.Random, streams: Sequence[Sequence[Post]]) -> list[Post]:
+    """Several lists as one, each in its own order; ``after`` is renumbered."""
+    turns = [n for n, stream in enumerate(streams) for _ in stream]
+    rng.shuffle(turns)
+    places: list[list[int]] = [[] for _ in streams]
+    out: list[Post] = []
+    for n in turns:
+        post = streams[n][len(places[n])]
+        places[n].append(len(out))
+        out.append(Post(post.body, post.headers, tuple(places[n][i] for i in post.after), post.note))
+    return out
+
+
+# --- the truth ---------------------------------------------------------------------------------------------------
+
+
+def _series(rng: random.Random, name: str, timeframe: str, history: int, live: int, kinds: Collection[Kind]) -> Series:
+    mode = rng.choice(("plain", "replay", "clock", "clock") if "clock" in kinds else ("plain", "replay"))
+    chosen = {kind for kind in sorted(kinds) if rng.random() < 0.8 or len(kinds) < 4}
+    if mode != "clock":
+        chosen -= {"taken_back", "dst"}  # without a clock a bar's return to former values is no news
+    if mode == "replay":
+        chosen -= {"sources"}  # a replay owns nothing
+    change = "dst" in chosen
+    zone = rng.choice(ZONES if change else ZONES[:3]) if mode == "clock" else 0
+    times = _times(rng, timeframe, history + live, zone if isinstance(zone, str) else None)
+    step = MINUTES[timeframe] * 60
+    price = rng.choice((1.1, 0.65, 151.2, 2_350.0))
+    bars = []
+    for i, ts in enumerate(times):
+        opened, price = price, round(price * (1 + rng.gauss(0, 2e-4)), 5)
+        values = _around(rng, opened, price)
+        end = ts + step
+        versions = _versions(rng, end, values, step, chosen) if i >= history else ((end, values),)
+        bars.append(Bar(ts, end, versions))
+    return Series(
+        symbol=rng.choice(SYMBOLS).format(name),
+        timeframe=timeframe,
+        bars=tuple(bars),
+        history=history,
+        mode=mode,  # type: ignore[arg-type]
+        kinds=frozenset(chosen),
+        owner=f"Alpha {zone}",
+        other=f"Beta {rng.choice(ZONES[:3]) if mode == 'clock' else 0}",
+    )
+
+
+def _zone(source: str) -> int | str:
+    name = source.split()[1]
+    return int(name) if name.isdecimal() else name
+
+
+def _offset(source: str, moment: int) -> int:
+    """Seconds that a source's clock is ahead of UTC."""
+    zone = _zone(source)
+    if isinstance(zone, int):
+        return zone * 3_600
+    begins, ends = (int(when.timestamp()) for when in _SUMMER[zone])
+    return (_WINTER + (begins <= moment < ends)) * 3_600
+
+
+def _times(rng: random.Random, timeframe: str, count: int, family: str | None) -> list[int]:
+    """Open times with daily breaks, lost bars and a weekend, in which the clock of ``family`` changes."""
+    step = MINUTES[timeframe] * 60
+    if family is not None:
+        sunday = rng.choice(_SUMMER[family]).replace(hour=0)
+    else:
+        sunday = datetime(2025, 1, 5, tzinfo=UTC) + timedelta(weeks=rng.randrange(30))
+    closing, opening = (int((sunday + timedelta(hours=hours)).timestamp()) for hours in (-26, 22))
+    lost = rng.choice((0.0, 0.01, 0.05))
+    behind = rng.randrange(2, SHALLOW)
+    before = (ts for ts in range(closing - step, 0, -step) if ts // 3_600 % 24 != 4 and rng.random() >= lost)
+    after = (ts for ts in range(opening, opening + count * 10 * step, step) if rng.random() >= lost)
+    return [*reversed(list(islice(before, count - behind))), *islice(after, behind)]
+
+
+def _around(rng: random.Random, opened: float, close: float) -> Values:
+    high = round(max(opened, close) * (1 + rng.random() * 1e-4), 5)
+    low = round(min(opened, close) * (1 - rng.random() * 1e-4), 5)
+    return (
+        opened,
+        max(high, opened, close),
+        min(low, opened, close),
+        close,
+        float(rng.randrange(1, 300)),
+        float(rng.randrange(1, 25)),
+    )
+
+
+def _wrong(rng: random.Random, values: Values) -> Values:
+    """Other values of the same bar: valid, and never a jump."""
+    return _around(rng, values[0], round(values[3] * (1 + rng.choice((-1, 1)) * rng.uniform(1e-4, 2e-3)), 5))
+
+
+def _versions(
+    rng: random.Random, end: int, values: Values, step: int, kinds: Collection[str]
+) -> tuple[tuple[int, Values], ...]:
+    soon, later = sorted(end + step * n for n in rng.sample(range(1, 7), 2))
+    if "taken_back" in kinds and rng.random() < 0.12:
+        return (end, values), (soon, _wrong(rng, values)), (later, values)
+    if "corrections" in kinds and rng.random() < 0.15:
+        return (end, _wrong(rng, values)), (soon, values)
+    return ((end, values),)
+
+
+def _clean(series: Series) -> list[Post]:
+    """The history in one payload and the live bars in the next, in UTC, from one terminal."""
+    out: list[Post] = []
+    for bars, history in ((series.bars[: series.history], True), (series.bars[series.history :], False)):
+        if not bars:
+            continue
+        payload: dict[str, Any] = {"symbol": series.symbol, "timeframe": series.timeframe, "history": history}
+        payload["replay"] = series.mode == "replay"
+        payload["candles"] = [_candle(bar.ts, bar.truth) for bar in bars]
+        out.append(Post(json.dumps(payload).encode(), {}, tuple(range(len(out))), "clean"))
+    return out
+
+
+def _candle(time: int | str, values: Values, volume: str = "volume") -> dict[str, Any]:
+    opened, high, low, close, amount, spread = values
+    return {
+        "time": time,
+        "open": opened,
+        "high": high,
+        "low": low,
+        "close": close,
+        volume: int(amount),
+        "spread": int(spread),
+    }
+
+
+# --- the hostile feed --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    """Bars as a terminal shows them at ``moment``; ``place`` orders the deliveries.
+
+    ``forming`` is a bar that is not over at the moment, with its values so far.
+    """
+
+    moment: int
+    bars: tuple[int, ...]  # places in the series, ascending
+    place: float
+    note: str = ""
+    own: bool = True  # of the terminal that owns the series
+    history: bool = False
+    forming: tuple[int, Values] | None = None
+
+
+class _Hostile:
+    """Makes one series' hostile posts."""
+
+    def __init__(self, rng: random.Random, series: Series) -> None:
+        self.rng = rng
+        self.series = series
+        self.bars = series.bars
+        self.kinds = series.kinds
+        self.live = range(series.history, len(series.bars))
+        self.held = self._held_back()
+        self.foreign = self._foreign() - self.held
+        # What the other terminal shows for a bar of the owner's; for a bar that the owner never shows, the truth.
+        self.beside = [bar.truth if i in self.foreign else _wrong(rng, bar.truth) for i, bar in enumerate(series.bars)]
+
+    def posts(self) -> list[Post]:
+        """Every delivery, in an order in which each comes after what it has to follow."""
+        waiting = sorted(self._snapshots(), key=lambda snapshot: snapshot.place)
+        shown = {version for snapshot in waiting for version in self._versions(snapshot)}
+        first: dict[tuple[int, int], int] = {}  # (bar, version): the post that shows it first
+        out: list[Post] = []
+        while waiting:
+            snapshot = next(s for s in waiting if self._before(s, shown) <= first.keys())
+            waiting.remove(snapshot)
+            after = sorted({first[version] for version in self._before(snapshot, shown)})
+            for version in self._versions(snapshot):
+                first.setdefault(version, len(out))
+            out.append(self._post(snapshot, tuple(after)))
+        return out
+
+    def _versions(self, snapshot: _Snapshot) -> list[tuple[int, int]]:
+        return [(i, self.bars[i].version(snapshot.moment)) for i in snapshot.bars] if snapshot.own else []
+
+    def _before(self, snapshot: _Snapshot, shown: Collection[tuple[int, int]]) -> set[tuple[int, int]]:
+        """The older versions of what a snapshot shows: without a clock only the log orders them."""
+        if self.series.mode == "clock":
+            return set()
+        return {(i, n) for i, version in self._versions(snapshot) for n in range(version)} & set(shown)
+
+    # --- what the terminals show -----------------------------------------------------------------------------------
+
+    def _held_back(self) -> set[int]:
+        """Bars that come long after their successors: runs in the middle, and the series' first."""
+        held: set[int] = set()
+        if "gaps" in self.kinds:
+            for _ in range(self.rng.randrange(1, 4)):
+                start = self.rng.randrange(8, len(self.bars) - 6)
+                held |= set(range(start, start + self.rng.choice((1, 1, 4))))
+        if "before_first" in self.kinds:
+            held |= set(range(self.rng.randrange(1, 6)))
+        return held
+
+    def _foreign(self) -> set[int]:
+        """Bars that only the other terminal has."""
+        return set(self.rng.sample(self.live[7:], 3)) if "sources" in self.kinds else set()
+
+    def _snapshots(self) -> list[_Snapshot]:
+        live = self._as_they_close()
+        span = float(len(live))
+        live += self._corrections(span)
+        if "sources" in self.kinds:
+            live += self._second_terminal(span)
+        live += [self._late(run, span) for run in self._runs()]
+        live += self._repeated(live)
+        if "reorder" in self.kinds:
+            live = [replace(s, place=s.place + self.rng.uniform(0, REORDER)) for s in live]
+        return self._history() + live + self._last_word(live)
+
+    def _history(self) -> list[_Snapshot]:
+        bars = tuple(i for i in range(self.series.history) if i not in self.held)
+        if not bars:
+            return []
+        cut = self.rng.randrange(1, len(bars)) if "recut" in self.kinds else len(bars)
+        moment = self.bars[self.series.history].ts
+        parts = (bars[:cut], bars[max(0, cut - 5) :] if cut < len(bars) else ())
+        return [_Snapshot(moment, part, FIRST + i, "history", history=True) for i, part in enumerate(parts) if part]
+
+    def _as_they_close(self) -> list[_Snapshot]:
+        """The newest bars after every few closes, and between two closes the bar that forms."""
+        shown = [i for i in self.live if i not in self.held | self.foreign]
+        out: list[_Snapshot] = []
+        at = 0
+        while at < len(shown):
+            step = min(self.rng.choice((1, 1, 2, 3)), len(shown) - at)
+            at += step
+            newest = self.bars[shown[at - 1]]
+            bars = tuple(shown[max(0, at - step - self.rng.randrange(3)) : at])
+            out.append(_Snapshot(newest.end + self.rng.randrange(3), bars, float(len(out)), "close"))
+            if "forming" in self.kinds and at < len(shown):
+                bar = self.bars[shown[at]]
+                for moment in sorted(self.rng.sample(range(bar.ts, bar.end), self.rng.randrange(3))):
+                    forming = (shown[at], self._partial(bar, moment))
+                    out.append(_Snapshot(moment, bars[-1:], float(len(out)), "forming", forming=forming))
+        return out
+
+    def _partial(self, bar: Bar, moment: int) -> Values:
+        opened, high, low, close, volume, spread = bar.versions[0][1]
+        share = (moment - bar.ts + 1) / (bar.end - bar.ts + 1)
+        now = round(opened + (close - opened) * share + self.rng.gauss(0, (high - low) / 20), 5)
+        return opened, max(opened, now, high), min(opened, now, low), now, float(max(1, int(volume * share))), spread
+
+    def _corrections(self, span: float) -> list[_Snapshot]:
+        """Each later version of a bar, once it stands, beside its neighbours as they are then."""
+        out = []
+        for i in self.live:
+            for since, _ in self.bars[i].versions[1:]:
+                around = range(max(self.series.history, i - 1), min(i + 2, len(self.bars)))
+                bars = tuple(k for k in around if self.bars[k].end <= since and k not in self.held | self.foreign)
+                if i in bars:
+                    out.append(_Snapshot(since, bars, self._place(since, span), "correction"))
+        return out
+
+    def _second_terminal(self, span: float) -> list[_Snapshot]:
+        out = []
+        for start in self.live[::6]:
+            bars = tuple(range(start, min(start + 6, len(self.bars))))
+            moment = self.bars[bars[-1]].end + self.rng.randrange(9)
+            out.append(_Snapshot(moment, bars, self._place(moment, span) + self.rng.uniform(-4, 4), "other", own=False))
+        return out
+
+    def _place(self, moment: int, span: float) -> float:
+        """Where in the order of delivery a snapshot of this moment would stand."""
+        return span * sum(self.bars[i].end <= moment for i in self.live) / len(self.live)
+
+    def _runs(self) -> list[list[int]]:
+        """The bars that were held back, in runs that are all history or all live."""
+        runs: list[list[int]] = []
+        for i in sorted(self.held):
+            if runs and runs[-1][-1] == i - 1 and i != self.series.history:
+                runs[-1].append(i)
+            else:
+                runs.append([i])
+        return runs
+
+    def _late(self, run: list[int], span: float) -> _Snapshot:
+        moment = max(self.bars[-1].end, *(self.bars[i].settled for i in run)) + 5
+        place = span + self.rng.uniform(0, 4) if run[0] == 0 else self.rng.uniform(span / 2, span)
+        return _Snapshot(moment, tuple(run), place, "late", history=run[-1] < self.series.history)
+
+    def _repeated(self, snapshots: Sequence[_Snapshot]) -> list[_Snapshot]:
+        """Repeats, whole, and cut anew as after a 503."""
+        out = []
+        for one in snapshots:
+            if "duplicates" in self.kinds and self.rng.random() < 0.15:
+                out.append(replace(one, place=one.place + self.rng.uniform(0.1, 12), note=f"{one.note} again"))
+            if "recut" in self.kinds and len(one.bars) > 1 and one.forming is None and self.rng.random() < 0.2:
+                cut = self.rng.randrange(1, len(one.bars))
+                parts = (one.bars[:cut], one.bars[cut - 1 :])
+                out += [replace(one, bars=part, place=one.place + 0.5, note=f"{one.note} recut") for part in parts]
+        return out
+
+    def _last_word(self, snapshots: Sequence[_Snapshot]) -> list[_Snapshot]:
+        """What no snapshot showed as it ended up."""
+        said = {i for s in snapshots if s.own for i in s.bars if s.moment >= self.bars[i].settled}
+        bars = tuple(i for i in self.live if i not in said | self.foreign)
+        if not bars:
+            return []
+        return [_Snapshot(max(self.bars[i].settled for i in bars) + 9, bars, LAST, "last word")]
+
+    # --- bytes -----------------------------------------------------------------------------------------------------
+
+    def _post(self, snapshot: _Snapshot, after: tuple[int, ...]) -> Post:
+        rng, series = self.rng, self.series
+        varied = "shapes" in self.kinds
+        volume = rng.choice(("volume", "tick_volume")) if varied else "volume"
+        spell = rng.choice((_seconds, _milliseconds, _text)) if varied else _seconds
+        source = series.owner if snapshot.own else series.other
+        clock = series.mode == "clock"
+        rows = []
+        for i in snapshot.bars:
+            bar = self.bars[i]
+            values = bar.versions[bar.version(snapshot.moment)][1] if snapshot.own else self.beside[i]
+            rows.append(_candle(self._time(bar.ts, source, spell), values, volume))
+            if "forming" in self.kinds and not clock:
+                rows[-1]["closed"] = True  # such a sender closes a bar only by its word, a later bar or its clock
+        if snapshot.forming is not None:
+            i, values = snapshot.forming
+            rows.append(_candle(self._time(self.bars[i].ts, source, spell), values, volume))
+            if not clock or rng.random() < 0.3:
+                rows[-1]["closed"] = False
+        if varied and rng.random() < 0.2:
+            rng.shuffle(rows)
+        beside: dict[str, Any] = {"source": source} if clock or "sources" in self.kinds else {}
+        if clock:
+            # The two clocks are not read in the same instant; one of a terminal that lags is up to minutes behind.
+            beside["server_time"] = snapshot.moment + _offset(source, snapshot.moment)
+            beside["gmt_time"] = snapshot.moment + rng.randrange(-2, 3)
+        if snapshot.history:
+            beside["history"] = True
+        if series.mode == "replay":
+            beside["replay"] = True
+        body = json.dumps(self._shape(rows, beside, varied), ensure_ascii=rng.random() < 0.5).encode()
+        headers = {"Content-Type": "application/json"}
+        if varied and rng.random() < 0.3:
+            body += b"\0"
+        if "gzip" in self.kinds and rng.random() < 0.3:
+            body, headers["Content-Encoding"] = gzip.compress(body, 1), "gzip"
+        return Post(body, headers, after, f"{snapshot.note} at {snapshot.moment}")
+
+    def _time(self, ts: int, source: str, spell: Callable[[int], int | str]) -> int | str:
+        return spell(ts + _offset(source, ts) if self.series.mode == "clock" else ts)
+
+    def _shape(self, rows: list[dict[str, Any]], beside: dict[str, Any], varied: bool) -> Any:
+        timeframe = self.series.timeframe
+        if varied and self.rng.random() < 0.4:
+            timeframe = SPELLINGS[timeframe]
+        named = {"symbol": self.series.symbol, "timeframe": timeframe}
+        shape = self.rng.choice(("candles", "interval", "items", "array")) if varied else "candles"
+        if shape == "candles":
+            return named | beside | {"candles": rows}
+        if shape == "interval":
+            return {"symbol": self.series.symbol, "interval": timeframe} | beside | {"candles": rows}
+        items = [named | row for row in rows]
+        if shape == "items" or beside:
+            return beside | {"items": items}
+        return items[0] if len(items) == 1 else items
+
+
+def _seconds(ts: int) -> int:
+    return ts
+
+
+def _milliseconds(ts: int) -> int:
+    return ts * 1_000
+
+
+def _text(ts: int) -> str:
+    return f"{datetime.fromtimestamp(ts, UTC):%Y-%m-%dT%H:%M:%S}Z"  # server time too: EAs append the Z
