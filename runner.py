@@ -135,6 +135,13 @@ def _asking(commands: Any) -> None:
     tail.add_argument("--limit", type=count, metavar="N", help="end after N signals")
 
 
+    gaps = _command(
+        commands, "gaps", "commands.gaps:gaps", "what is missing of the archived candles and why", json=True
+    )
+    gaps.add_argument("--symbol", metavar="S", help="of this symbol only")
+    gaps.add_argument("--timeframe", metavar="TF", help="of this timeframe only")
+
+
 def _mending(commands: Any) -> None:
     rejects = _groups(commands, "rejects", "what was rejected, whole and with its reason: list, replay")
     kept = _command(rejects, "list", "commands.rejects:listing", "list what was rejected, oldest first", json=True)
@@ -157,6 +164,14 @@ def _mending(commands: Any) -> None:
     topology = _command(commands, "topology", "commands.topology:show", text, json=True)
     actions = topology.add_subparsers(metavar="ACTION", parser_class=Parser)
     _command(actions, "apply", "commands.topology:apply", "make the server hold what is wanted", json=True)
+
+    series = _groups(commands, "series", "the series of candles: rename")
+    rename = _command(
+        series, "rename", "commands.series:rename", "go on with a series under the name the broker gave it", json=True
+    )
+    rename.add_argument("old", metavar="OLD", help="the symbol as it was, such as EURUSD")
+    rename.add_argument("new", metavar="NEW", help="the symbol as the broker spells it now, such as EURUSD.m")
+    rename.add_argument("--timeframe", metavar="TF", help="this timeframe only (default: all)")
 
     _command(
         commands, "migrate", "commands.topology:migrate", "apply the SQL migrations that the database lacks", json=True

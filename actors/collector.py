@@ -20,13 +20,26 @@ from nats.errors import Error as NatsError
 from nats.js.errors import NotFoundError
 
 from actors import gateway
-from actors.core.ingest import ANONYMOUS, REPLAYED, Judged, Payload, PayloadError, Series, block_id, judge, read
+from actors.core.clock import Conversion
+from actors.core.ingest import (
+    ANONYMOUS,
+    REPLAYED,
+    Judged,
+    Payload,
+    PayloadError,
+    Series,
+    block_id,
+    check_payload,
+    judge,
+    read,
+)
 from actors.core.recent import RecentSignals
 from actors.core.timeframe import from_epoch
 from actors.gateway.answers import Check
 from actors.gateway.auth import Guard, check_bind
 from actors.gateway.body import decode_json, read_body
 from actors.gateway.broadcast import Broadcaster
+from actors.gateway.clocks import ClockKeeper
 from actors.gateway.deps import GatewayDeps
 from actors.gateway.problems import HttpProblem, answer, unavailable
 from bus.client import BusUnavailable, Outgoing, outgoing
@@ -74,6 +87,7 @@ class Collector:
     async def run(self) -> None:
         url = self.ctx.database_url
         store = await Store.connect(url, size=self.ctx.settings.database.pool_size, name=self.name) if url else None
+        self.clock = await ClockKeeper.open(self.bus, self.ctx.settings.clock, self.log)
         deps = GatewayDeps(
             settings=self.ctx.settings,
             guard=self.guard,
@@ -96,7 +110,7 @@ class Collector:
                     "end what listens there, or set MT5_GATEWAY_PORT."
                 ) from error
             self.ctx.ready()
-            await run_tasks({"collector-signals": self._follow_signals()})
+            await run_tasks({"collector-signals": self._follow_signals(), "collector-clock": self.clock.follow()})
         finally:
             await runner.cleanup()
             if store is not None:
@@ -172,15 +186,24 @@ class Collector:
     async def _publish(self, request: web.Request, payload: Payload, keys: Sequence[Key]) -> Judged:
         """Judges the payload and stores what is closed; what the stream acknowledged is remembered."""
         await self._learn(keys)
+        checked = check_payload(payload, self.ctx.settings.symbols)
         now = time.time()
-        judged = judge(payload, now, self.series, self.ctx.settings.symbols)
+        conversion = await self.clock.resolve(
+            payload.source,
+            server_time=payload.server_time,
+            gmt_time=payload.gmt_time,
+            series=checked.sent,
+            now=now,
+            replay=payload.replay,
+        )
+        judged = judge(payload, checked, now, self.series, self.ctx.settings.symbols, conversion)
         received_at = from_epoch(int(now)).replace(microsecond=int(now % 1 * 1e6))
         headers = {TRACEPARENT: child_traceparent(request.headers.get(TRACEPARENT))}
         messages = [
             message
             for key, layers in judged.layers.items()
             for layer in layers
-            for message in _blocks(key, layer, payload, received_at, headers)
+            for message in _blocks(key, layer, payload, received_at, headers, conversion)
         ]
         messages += _rejects(payload, judged, received_at, headers)
         if len(messages) == 1:
@@ -301,13 +324,33 @@ def _keys(payload: Payload) -> list[Key]:
     return sorted(keys)
 
 
+def _cuts(rows: Sequence[Candle], size: int, conversion: Conversion) -> Iterable[tuple[int, int, str]]:
+    """Where to cut rows into messages: after ``size`` rows, and where the way changes in which times became UTC."""
+    kinds = [conversion.ts_source_of(int(row.ts.timestamp())) for row in (rows[0], rows[-1])]
+    if kinds[0] == kinds[1]:
+        for start in range(0, len(rows), size):
+            yield start, min(start + size, len(rows)), kinds[0]
+        return
+    start = 0
+    all_kinds = [conversion.ts_source_of(int(row.ts.timestamp())) for row in rows]
+    for at in range(1, len(rows) + 1):
+        if at == len(rows) or at - start == size or all_kinds[at] != all_kinds[start]:
+            yield start, at, all_kinds[start]
+            start = at
+
+
 def _blocks(
-    key: Key, rows: Sequence[Candle], payload: Payload, received_at: datetime, headers: Mapping[str, str]
+    key: Key,
+    rows: Sequence[Candle],
+    payload: Payload,
+    received_at: datetime,
+    headers: Mapping[str, str],
+    conversion: Conversion,
 ) -> Iterable[Outgoing]:
     symbol, timeframe = key
     size = 1 if len(rows) <= FEW else MAX_BLOCK_ROWS
-    for start in range(0, len(rows), size):
-        part = tuple(rows[start : start + size])
+    for start, stop, ts_source in _cuts(rows, size, conversion):
+        part = tuple(rows[start:stop])
         yield outgoing(
             CANDLES,
             CandleBlock(
@@ -320,7 +363,7 @@ def _blocks(
                 now=from_epoch(payload.gmt_time) if payload.replay and payload.gmt_time is not None else None,
                 source=payload.source,
                 server_time=payload.server_time,
-                ts_source=payload.ts_source,
+                ts_source=ts_source,
             ),
             timeframe,
             symbol,

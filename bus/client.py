@@ -109,10 +109,11 @@ class Bus:
 
         async def on_error(error: Exception) -> None:
             nonlocal last_error
-            last_error = str(error) or type(error).__name__
+            before, last_error = last_error, str(error) or type(error).__name__
             if "authorization" in last_error.lower() and not refused.done():
                 refused.set_result(last_error)
-            log.warning("nats error", action="bus.error", client=name, error=last_error)
+            if last_error != before:  # while NATS is away the same error comes five times a second
+                log.warning("nats error", action="bus.error", client=name, error=last_error)
 
         async def on_disconnect() -> None:
             if not nc.is_closed and not closing:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from bus.subjects import (
+    ALERTS,
     CANDLES,
+    CLOCK,
     FEATURE_STATE,
     FEATURES,
     FORMING,
@@ -76,6 +78,8 @@ _PUBLISH: Final[dict[str, tuple[str, ...]]] = {
         FORMING.wildcard,
         *_read(_name(CANDLES)),
         *_read(_name(SIGNALS)),
+        ALERTS.wildcard,
+        *_bucket(CLOCK),
         "$SRV.PING.*",
     ),
     "features": (

@@ -87,6 +87,7 @@ class Holes:
     last: int
     bars: int
     holes: tuple[tuple[int, int], ...]
+    source: str | None = None  # of the newest bar
 
 
 class Store:
@@ -240,11 +241,34 @@ class Store:
         if not rows:
             return None
         holes = tuple((row["after"], row["before"]) for row in rows[1:-1])
-        return Holes(rows[0]["before"], rows[-1]["after"], rows[-1]["bars"], holes)
+        return Holes(rows[0]["before"], rows[-1]["after"], rows[-1]["bars"], holes, rows[-1]["source"])
 
     async def series(self, symbol: str | None = None, timeframe: str | None = None) -> list[tuple[str, str]]:
         """Every series of the archive, or those of a symbol or timeframe."""
         return [(row["symbol"], row["timeframe"]) for row in await self.fetch("series_list", symbol, timeframe)]
+
+    async def series_rows(
+        self, symbol: str, timeframe: str, *, after: datetime | None, limit: int
+    ) -> list[tuple[Candle, str | None, str]]:
+        """A series' bars later than ``after``, ascending, each with its source and how its time became UTC."""
+        rows = await self.fetch("series_rows", symbol, timeframe, after, limit)
+        fields = Candle.__struct_fields__
+        return [(Candle(**{name: row[name] for name in fields}), row["source"], row["ts_source"]) for row in rows]
+
+    async def rename_series(
+        self, old: str, new: str, timeframe: str, *, upto: datetime, bars: int, candles_seq: int, by: str
+    ) -> None:
+        """Moves a series' bars and features up to ``upto`` to another symbol, in one transaction.
+
+        ``candles_seq`` is the CANDLES sequence with which the log has them under the new name: from there on the old
+        versions count as replaced.
+        """
+        async with self.transaction() as connection:
+            await connection.execute(self.sql("copy_market_data"), old, new, timeframe, upto)
+            await connection.execute(self.sql("copy_features"), old, new, timeframe, upto)
+            await connection.execute(self.sql("retire_features"), old, timeframe, upto)
+            await connection.execute(self.sql("retire_market_data"), old, timeframe, upto, candles_seq)
+            await connection.execute(self.sql("record_rename"), old, new, timeframe, bars, candles_seq, by)
 
     async def signals(
         self, timeframe: str, *, symbol: str | None = None, since: datetime | None = None, limit: int

@@ -180,7 +180,11 @@ async def run_actors(
         waiter.cancel()
         for task in tasks:
             task.cancel()
-        _, late = await asyncio.wait(tasks, timeout=STOP_BUDGET)
+        _, late = await asyncio.wait(tasks, timeout=STOP_BUDGET / 2)
+        for task in late:
+            task.cancel()  # nats-py swallows a cancellation that meets one of its flushes
+        if late:
+            _, late = await asyncio.wait(late, timeout=STOP_BUDGET / 2)
         if late:
             names = ", ".join(sorted(t.get_name() for t in late))
             structlog.get_logger(__name__).error("did not stop in time", action="supervise.late", tasks=names)

@@ -11,9 +11,9 @@ import msgspec
 import numpy as np
 
 from actors.core.features import FeatureState
-from actors.core.ingest import Series, judge, read
+from actors.core.ingest import Series, check_payload, judge, read
 from actors.core.market import INSTRUMENTS, MINUTE
-from actors.core.series import SeriesState, append, epoch, split
+from actors.core.series import Origin, SeriesState, append, epoch, split
 from commands.bench_figures import Figure, Promise, alone, compare
 from commands.bench_model import TIMEFRAME, candles, features, served
 from schema.messages import Candle
@@ -26,6 +26,7 @@ PEER_PREDICTIONS: Final = 20
 MANY: Final = 10_000
 FEW: Final = 10
 SLICE: Final = 2_000  # candles between two looks at the clock: both sides see the same machine
+LIVE: Final = Origin("", None, True, True, "utc", 1)
 NOW: Final = 4e9  # every bar's time is over
 
 STEP: Final = Promise("≥ 4 × faster", 4.0, "at least")
@@ -217,13 +218,14 @@ class Fleet:
     def take(self, bodies: Sequence[bytes]) -> None:
         series, states = self.series, self.states
         for body in bodies:
-            judged = judge(read(body), NOW, series, {})
+            payload = read(body)
+            judged = judge(payload, check_payload(payload, {}), NOW, series, {})
             for key, layers in judged.layers.items():
                 for layer in layers:
-                    series[key].remember(layer)
+                    series[key].remember(layer, payload.origin, payload.server_time)
                     state = states[key]
-                    fresh, _ = split(state, layer)
-                    append(state, fresh)
+                    fresh, _ = split(state, layer, LIVE)
+                    append(state, fresh, LIVE)
 
 
 def post_body(symbol: str, bar: Candle) -> bytes:
@@ -248,7 +250,8 @@ def many_series(rounds: int) -> list[Figure]:
     many, few = Fleet(MANY), Fleet(FEW)
     for fleet in (many, few):
         fleet.take(fleet.bodies(SLICE))
-    at_many, at_few = [], []
+    at_many: list[float] = []
+    at_few: list[float] = []
     for _ in range(rounds * (MANY // SLICE)):
         for fleet, costs in ((many, at_many), (few, at_few)):
             bodies = fleet.bodies(SLICE)

@@ -76,6 +76,7 @@ class Supervisor:
     def __init__(self, home: Home, log: Log) -> None:
         self.home = home
         self.stopping = False  # a signal has asked for the stop
+        self._settled = False  # everything has been ready once: from then on nothing refuses, it is started again
         self._log = log
         self._servers: list[tuple[Server, _Task]] = []
         self._tasks: list[_Task] = []
@@ -152,8 +153,8 @@ class Supervisor:
     def wait_ready(self, timeout: float) -> bool:
         """True when every actor is ready, False when a signal asks for the stop before that.
 
-        Raises StartFailed, which names the missing actors, after ``timeout`` seconds or as soon as a process that
-        never was ready ends with exit code 2 (wrong configuration).
+        Raises StartFailed, which names the missing actors, after ``timeout`` seconds or as soon as a process ends
+        with exit code 2 (wrong configuration) before everything was ready once.
         """
         deadline = time.monotonic() + timeout
         while self.missing():
@@ -166,6 +167,7 @@ class Supervisor:
                 words = "; ".join(f"{path}: {line or 'nothing yet'}" for path, line in logs.items())
                 raise StartFailed(f"not ready after {timeout:g} s: {', '.join(missing)} ({words}).", missing)
             self.step(left)
+        self._settled = True
         return True
 
     def missing(self) -> tuple[str, ...]:
@@ -244,7 +246,7 @@ class Supervisor:
         code = task.child.poll() if task.child is not None else None
         if code is None:
             return
-        if code == MISCONFIGURED and task.actors and not task.ready and task.failures == 0:
+        if code == MISCONFIGURED and task.actors and not self._settled:
             line = _last_line(task) or f"its log is {task.log}"
             raise StartFailed(f"{task.name} refused to start: {line}", task.actors)
         task.ready.clear()

@@ -25,8 +25,8 @@ ALIASES: Final[dict[str, str]] = {"new_york": "America/New_York", "london": "Eur
 # the newest bar and the week openings, or by a guess that nothing has confirmed yet.
 TsSource = Literal["utc", "rule", "server", "inferred", "assumed"]
 
-_FIXED: Final = re.compile(r"(?:utc|gmt)?\s*([+-]?)(\d{1,2})(?::?(\d\d))?", re.IGNORECASE)
-_ZONE: Final = re.compile(r"([A-Za-z_][A-Za-z0-9_/-]*?)(?:\s*([+-])(\d{1,2})(?::(\d\d))?)?")
+_FIXED: Final = re.compile(r"(?:utc|gmt)?([+-]?)(\d{1,2})(?::?(\d\d))?", re.IGNORECASE)
+_ZONE: Final = re.compile(r"([A-Za-z_][A-Za-z0-9_/-]*?)(?:([+-])(\d{1,2})(?::(\d\d))?)?")
 _WAY_OUT: Final = 'write a time zone such as "Europe/Athens", "new_york+7", or an offset such as "+02:00"'
 
 
@@ -45,7 +45,7 @@ def parse_rule(text: str) -> ClockRule:
     Raises:
         ValueError: no rule; the message says what one looks like.
     """
-    rule = text.strip()
+    rule = re.sub(r"\s*([+-])\s*", r"\1", text.strip())
     if rule.lower() in {"utc", "gmt", "z"}:
         return ClockRule(None)
     if fixed := _FIXED.fullmatch(rule):

@@ -153,6 +153,15 @@ def assumed_family(runs: Sequence[ClockRun], zones: Zones) -> ClockRule | None:
     return next((rule for rule in candidates if fits(steps_of(rule, zones), runs)), None)
 
 
+def _sure_from(first: ClockRun, zones: Zones) -> int:
+    """How far back the first observation reaches: no clock changes between two changes of New York and Europe.
+
+    What a newest bar implies is believed for a day only.
+    """
+    changes = (max((at for at, _ in zones(zone) if at <= first.since), default=BEGIN) for zone in (NEW_YORK, LONDON))
+    return max(*changes, first.since - DAY if first.origin == "inferred" else BEGIN)
+
+
 def _observed(book: ClockBook, zones: Zones) -> list[Piece]:
     """What observations and the learned (or assumed) family say; the rules of settings and people come over it."""
     runs = book.runs
@@ -166,11 +175,13 @@ def _observed(book: ClockBook, zones: Zones) -> list[Piece]:
         return family is not None and offset_in(family, utc) == offset
 
     first = runs[0]
+    sure = _sure_from(first, zones)
     history: TsSource = "inferred" if learned else "assumed"
     if family is not None and agrees(first.since, first.offset):
-        pieces = _within(family, BEGIN, first.since, history)
+        pieces = _within(family, BEGIN, sure, history)
     else:
         pieces = [(BEGIN, first.offset, history)]
+    pieces.append((sure, first.offset, "server" if first.origin == "fields" else "inferred"))
     for at, run in enumerate(runs):
         following = runs[at + 1] if at + 1 < len(runs) else None
         kind: TsSource = "server" if run.origin == "fields" else "inferred"
@@ -207,7 +218,7 @@ def timeline(book: ClockBook, zones: Zones) -> Timeline:
 
 
 class Conversion:
-    """What a payload's bar times mean. About a third of a microsecond a call: the piece in use is kept at hand.
+    """What a payload's bar times mean. The piece in use is kept at hand: under a microsecond a call.
 
     ``clock`` None: the times are UTC. ``grid`` None: bars follow the sender's own clock. ``now`` is the payload's own
     UTC clock where it has one; it tells the two passes of autumn's ambiguous hour apart.
@@ -246,6 +257,21 @@ class Conversion:
             None,
         )
         return 2**62 if known is None else known
+
+    def bar(self, server: int, timeframe: str) -> tuple[int, int] | None:
+        """Open time and end (UTC) of the bar that opened at ``server`` in the sender's clock; None: off the grid.
+
+        :meth:`on_grid`, :meth:`to_utc` and :meth:`end` in one.
+        """
+        length = SECONDS[timeframe]
+        if length <= DAY and self._grid is None and self._lo <= server and server + length <= self._hi:
+            if server % length:
+                return None
+            utc = server - self._offset
+            return utc, utc + length
+        if not self.on_grid(server, timeframe):
+            return None
+        return self.to_utc(server, timeframe), self.end(server, timeframe)
 
     def to_utc(self, server: int, timeframe: str = "M1") -> int:
         """The open time in UTC of the bar that opened at ``server`` in the sender's clock."""

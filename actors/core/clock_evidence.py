@@ -28,7 +28,9 @@ LATE: Final = 300  # seconds that a fresh bar may take to reach us
 OPENINGS: Final = 8
 KEPT_OPENINGS: Final = 60  # a year and a few weeks
 KEPT_SERIES: Final = 12
-WEEKEND: Final = (DAY, 4 * DAY)  # a hole between two bars in which a week may have begun
+# A hole between two bars in which a week began: 48 hours, an hour more or less where a clock changes or a symbol opens
+# later. In a longer one the first bar may have been lost.
+WEEKEND: Final = (46 * HOUR + 1_800, 50 * HOUR + 1_800)
 OPENS_WITHIN: Final = 90 * 60  # after Sunday 17:00 New York: some symbols open an hour later
 AGREEING: Final = 0.9  # share of a series' openings that must agree; holidays open late
 
@@ -114,7 +116,7 @@ class Openings(Struct):
         if previous is None and len(self.last) >= 4 * KEPT_SERIES:
             return
         for at in times:
-            if previous is not None and WEEKEND[0] < at - previous <= WEEKEND[1]:
+            if previous is not None and WEEKEND[0] <= at - previous <= WEEKEND[1]:
                 self._opening(series, at, new_york)
             if previous is None or at > previous:
                 previous = at

@@ -19,12 +19,14 @@ from actors.core.clock import (
     BEGIN,
     DAY,
     HOUR,
+    LONDON,
     NEW_YORK,
     UTC_LINE,
     ClockAlert,
     Conversion,
     Timeline,
     Zones,
+    change_between,
     timeline,
 )
 from actors.core.clock_evidence import Newest, Openings, family, newest_bar, waking, with_observation
@@ -48,8 +50,12 @@ UTC_STANDS: Final = 7 * DAY  # after bars that fit UTC, one bar from the future 
 Series = Mapping[tuple[str, str], Sequence[int]]  # bar times in the sender's clock by (symbol, timeframe)
 
 
-def name_of(source: str) -> str:
-    return source or "the source without a name"
+REPLAYED: Final = "~replay"  # replays that name no source share a clock of their own
+
+
+def title(source: str) -> str:
+    """A source as a sentence begins with it."""
+    return source or "The source without a name"
 
 
 def moment(now: float) -> datetime:
@@ -76,7 +82,6 @@ class _Source(Struct):
     until: int = 0
     utc_until: int | None = None
     saved_at: float = 0.0
-    unsaved: bool = False
     change: _Change | None = None
 
     @property
@@ -101,6 +106,7 @@ class Clocks:
         self.zones = zones
         self.settings = settings
         self._sources: dict[str, _Source] = {}
+        self._unsaved: set[str] = set()
         self._told: dict[tuple[str, str], float] = {}
         self._grids: dict[str, Timeline] = {}
         self._now = now
@@ -127,7 +133,7 @@ class Clocks:
                 self._turn(known, msgspec.structs.replace(known.book, rule=None), now)
             if not known.book.adopted:
                 self._amend(known, msgspec.structs.replace(known.book, adopted=True))
-                known.unsaved = True
+                self._unsaved.add(source)
 
     def _wake(self, ledger: ClockLedger) -> _Source:
         runs = ledger.book.runs
@@ -153,7 +159,7 @@ class Clocks:
     def _turn(self, known: _Source, book: ClockBook, now: float) -> bool:
         """Puts a book in force; returns whether times are converted differently from now on."""
         line = timeline(book, self.zones)
-        known.unsaved = True
+        self._unsaved.add(known.ledger.source)
         if line == known.line:
             self._amend(known, book)
             return False
@@ -165,30 +171,31 @@ class Clocks:
 
     def adopt(self, ledger: ClockLedger, now: float) -> None:
         """Takes a ledger that somebody else wrote: what a command put there is in force from now on."""
-        book = ledger.book
-        if not book.adopted:
-            book = msgspec.structs.replace(book, at=max(moment(now), book.at), adopted=True)
+        source = ledger.source
+        self._unsaved.discard(source)
+        if not ledger.book.adopted:
+            book = msgspec.structs.replace(ledger.book, at=max(moment(now), ledger.book.at), adopted=True)
             ledger = msgspec.structs.replace(ledger, books=(*ledger.books[:-1], book))
-            unsaved = True
-        else:
-            unsaved = False
-        known = self._sources.get(ledger.source)
+            self._unsaved.add(source)
         woken = self._wake(ledger)
-        woken.unsaved = unsaved
         woken.saved_at = now
-        if known is not None:
+        if (known := self._sources.get(source)) is not None:
             woken.openings.last = known.openings.last
-        self._sources[ledger.source] = woken
+        self._sources[source] = woken
 
-    def unsaved(self) -> list[ClockLedger]:
-        """Ledgers to be saved before anything that was converted with them is published."""
-        return [self._at_rest(known) for known in self._sources.values() if known.unsaved]
+    def take_unsaved(self) -> list[ClockLedger]:
+        """Ledgers to be saved before anything that was converted with them is published; :meth:`keep` what fails."""
+        out = []
+        while self._unsaved:
+            known = self._sources.get(self._unsaved.pop())
+            if known is not None:  # one source more than are kept is forgotten
+                known.saved_at = self._now
+                out.append(self._at_rest(known))
+        return out
 
-    def saved(self, ledger: ClockLedger, now: float) -> None:
-        """Told that a ledger as :meth:`unsaved` gave it is safe."""
-        known = self._sources[ledger.source]
-        known.unsaved = self._at_rest(known) != ledger
-        known.saved_at = now
+    def keep(self, source: str) -> None:
+        """Told that a ledger could not be saved."""
+        self._unsaved.add(source)
 
     def _at_rest(self, known: _Source) -> ClockLedger:
         self._amend(known, msgspec.structs.replace(known.book, runs=known.runs()))
@@ -214,9 +221,9 @@ class Clocks:
         """Learns from a payload and says how its times are converted.
 
         ``series`` holds the payload's bar times as sent. ``now`` is our clock. A ``replay`` teaches by its clock fields
-        only. What was learned waits in :meth:`unsaved`.
+        only. What was learned waits in :meth:`take_unsaved`.
         """
-        name = source or ""
+        name = source or (REPLAYED if replay else "")
         known = self._sources.get(name)
         if known is None:
             known = self._fresh(name)
@@ -224,26 +231,24 @@ class Clocks:
                 self._sources[name] = known
         alerts: list[ClockAlert] = []
         self._now = now
-        offset = self._offset(name, server_time, gmt_time, now, replay, alerts)
+        offset = self._offset(known, server_time, gmt_time, now, replay, alerts)
         at = int(now) if gmt_time is None else gmt_time
-        line = known.line
-        ruled = line.kind_at(at) == "rule"
-        if ruled:
-            self._compare(name, line, at, offset, alerts)
+        own: Timeline | None = None
+        if known.line.kind_at(at) == "rule":
+            self._compare(known, at, offset, alerts)
         else:
-            self._follow(known, series, replay, now)
+            self._note_openings(known, series)
             if offset is not None:
-                line = self._from_fields(known, at, offset, now, alerts)
+                own = self._from_fields(known, at, offset, now, alerts)
             elif not replay:
-                line = self._from_newest(known, series, now, alerts)
+                self._from_newest(known, series, now, alerts)
             self._learn_family(known, now, alerts)
-            if line is not known.line and known.change is None:
-                line = known.line
-        if not known.unsaved and now - known.saved_at >= SAVE_EVERY and (known.until or known.utc_until):
-            known.unsaved = True
+        line = own or known.line
+        if now - known.saved_at >= SAVE_EVERY and (known.until or known.utc_until):
+            self._unsaved.add(name)
         grid = self._grids.get(name)
         told = tuple(alert for alert in alerts if self._is_news(name, alert.kind, now))
-        if line is known.line and len(line.kinds) == 1 and line.kinds[0] == "utc":
+        if line.kinds == ["utc"]:
             return AS_UTC if grid is None and not told else Conversion(None, grid=grid, alerts=told)
         newest = max((max(times) for times in series.values() if times), default=at)
         return Conversion(
@@ -263,7 +268,7 @@ class Clocks:
 
     def _offset(
         self,
-        name: str,
+        known: _Source,
         server_time: int | None,
         gmt_time: int | None,
         now: float,
@@ -271,177 +276,164 @@ class Clocks:
         alerts: list[ClockAlert],
     ) -> int | None:
         """The offset of now by a payload's clock fields; None without them, or where they cannot be."""
+        name = title(known.ledger.source)
         if gmt_time is not None and not replay and abs(gmt_time - now) > SKEW:
-            alerts.append(
-                ClockAlert(
-                    "skew",
-                    f"The clock of the computer that sends for {name_of(name)} differs from ours by "
-                    f"{abs(gmt_time - now):.0f} s: set the clocks of both by NTP.",
-                    {"gmt_time": gmt_time, "ours": int(now)},
-                )
+            message = (
+                f"{name} sends from a computer whose clock differs from ours by {abs(gmt_time - now):.0f} s: set both "
+                "by NTP; its offset from UTC may be wrong until then."
             )
+            alerts.append(ClockAlert("skew", message, {"gmt_time": gmt_time, "ours": int(now)}))
         if server_time is None or gmt_time is None:
             return None
         difference = server_time - gmt_time
         offset = round(difference / STEP) * STEP
-        known = self._sources.get(name)
-        if known is not None and known.book.runs and abs(difference - known.line.offset_at(gmt_time)) < ROUNDING:
+        if known.book.runs and abs(difference - known.line.offset_at(gmt_time)) < ROUNDING:
             offset = known.line.offset_at(gmt_time)
         if LOWEST <= offset <= HIGHEST:
             return offset
-        alerts.append(
-            ClockAlert(
-                "implausible",
-                f"{name_of(name).capitalize()} says that its server is {offset_text(offset)} from UTC, which no broker "
-                "is: its server_time and gmt_time are not used.",
-                {"server_time": server_time, "gmt_time": gmt_time},
-            )
+        message = (
+            f"{name} says that its server is {difference} s from UTC, which no broker's is: its server_time and gmt_time "
+            "are not used."
         )
+        alerts.append(ClockAlert("implausible", message, {"server_time": server_time, "gmt_time": gmt_time}))
         return None
 
-    def _compare(self, name: str, line: Timeline, at: int, offset: int | None, alerts: list[ClockAlert]) -> None:
-        by_rule = line.offset_at(at)
+    def _compare(self, known: _Source, at: int, offset: int | None, alerts: list[ClockAlert]) -> None:
+        by_rule = known.line.offset_at(at)
         if offset is not None and offset != by_rule:
-            alerts.append(
-                ClockAlert(
-                    "contradiction",
-                    f"The rule says that {name_of(name)} is {offset_text(by_rule)} from UTC, its clock fields say "
-                    f"{offset_text(offset)}: the rule holds; mend it if it is wrong (`mt5 clock show`).",
-                    {"rule": by_rule, "fields": offset},
-                )
+            message = (
+                f"{title(known.ledger.source)} is {offset_text(by_rule)} from UTC by its rule and {offset_text(offset)} "
+                "by its clock fields: the rule holds; mend it if it is wrong (`mt5 clock show`)."
             )
+            alerts.append(ClockAlert("contradiction", message, {"rule": by_rule, "fields": offset}))
 
     # --- observations ----------------------------------------------------------------------------------------------
 
-    def _from_fields(self, known: _Source, at: int, offset: int, now: float, alerts: list[ClockAlert]) -> Timeline:
-        runs = known.book.runs
-        last = runs[-1] if runs else None
-        if last is not None and last.origin == "fields" and last.offset == offset and known.until <= at:
-            if at - known.until <= SAVE_EVERY:  # the common case: still so
-                known.until, known.change = at, None
-                return known.line
-        inferred = [run for run in runs if run.origin != "fields"]
-        book = known.book
-        if inferred:  # clock fields go over what was inferred before they came
-            book = msgspec.structs.replace(book, runs=tuple(run for run in known.runs() if run.origin == "fields"))
-        else:
-            book = msgspec.structs.replace(book, runs=known.runs())
+    def _from_fields(
+        self, known: _Source, at: int, offset: int, now: float, alerts: list[ClockAlert]
+    ) -> Timeline | None:
+        """Takes an observation; returns a clock for this payload alone where the ledger does not take it."""
+        runs = known.runs()
+        agreed = known.line.offset_at(at) == offset
+        still = agreed and bool(runs) and runs[-1].origin == "fields" and runs[-1].offset == offset
+        if still and 0 <= at - known.until <= SAVE_EVERY:  # the common case
+            known.until, known.change = at, None
+            return None
+        mine = tuple(run for run in runs if run.origin == "fields")  # they go over what was inferred before they came
         seen = ClockRun(since=at, until=at, offset=offset, origin="fields")
-        with_it = with_observation(book.runs, seen) if at - now <= DAY else None
+        explained = not mine or agreed or mine[-1].offset == offset or self._season(mine[-1], at, offset)
+        alone = Timeline([(BEGIN, offset, "server")])
+        if at > now + DAY:
+            self._two_clocks(known, offset, alerts)
+            return alone
+        if not explained and at > mine[-1].until:
+            change = known.change
+            if change is None or change.offset != offset:
+                change = known.change = _Change(offset, at // STEP * STEP, now)
+            if at - mine[-1].until < PERSISTS:
+                self._two_clocks(known, offset, alerts)
+                return alone
+            seen = msgspec.structs.replace(seen, since=max(change.since, mine[-1].until + 1))
+        with_it = with_observation(mine, seen)
         if with_it is None:
             self._two_clocks(known, offset, alerts)
-            return Timeline([(BEGIN, offset, "server")])
-        book = msgspec.structs.replace(book, runs=with_it)
-        expected = not book.runs or known.line.offset_at(at) == offset or not runs or bool(inferred)
-        if not expected and 0 <= at - known.until < PERSISTS:
-            if known.change is None or known.change.offset != offset:
-                known.change = _Change(offset, at, now)
-            if at - known.change.since < PERSISTS:
-                self._two_clocks(known, offset, alerts)
-                return timeline(book, self.zones)
-            seen = msgspec.structs.replace(seen, since=max(known.change.since, known.until + 1))
-            book = msgspec.structs.replace(book, runs=(*known.runs(), seen))
-        self._take(known, book, now, alerts, expected)
-        return known.line
+            return alone
+        if with_it != runs:
+            self._take(known, with_it, now, alerts, explained)
+        return None if explained else alone
 
-    def _take(self, known: _Source, book: ClockBook, now: float, alerts: list[ClockAlert], expected: bool) -> None:
-        began, known.change = (known.change.began if known.change is not None else now), None
-        known.until = book.runs[-1].until
+    def _season(self, run: ClockRun, at: int, offset: int) -> bool:
+        """Whether a daylight-saving change of New York or Europe explains that a run's offset is over."""
+        by = offset - run.offset
+        return any(change_between(self.zones(zone), run.until, at, by) is not None for zone in (NEW_YORK, LONDON))
+
+    def _take(
+        self, known: _Source, runs: tuple[ClockRun, ...], now: float, alerts: list[ClockAlert], explained: bool
+    ) -> None:
+        """Puts observations into the ledger. A change that had to persist is in force since it was first seen."""
+        began, known.change = (now if known.change is None else known.change.began), None
         before = known.line
-        if self._turn(known, book, min(began, now)) and not expected:
-            at = book.runs[-1].since
-            alerts.append(
-                ClockAlert(
-                    "changed",
-                    f"The clock of {name_of(known.ledger.source)} went from {offset_text(before.offset_at(at))} to "
-                    f"{offset_text(known.line.offset_at(at))}, which no rule explains: bars received before are not "
-                    f"touched (`mt5 clock show`).",
-                    {"before": before.offset_at(at), "after": known.line.offset_at(at)},
-                )
+        known.until = runs[-1].until
+        if self._turn(known, msgspec.structs.replace(known.book, runs=runs), began) and not explained:
+            at = runs[-1].until
+            message = (
+                f"{title(known.ledger.source)} went from {offset_text(before.offset_at(at))} to "
+                f"{offset_text(known.line.offset_at(at))} from UTC, which no rule explains: see `mt5 clock show`."
             )
+            details: dict[str, int | str] = {"before": before.offset_at(at), "after": known.line.offset_at(at)}
+            alerts.append(ClockAlert("changed", message, details))
 
     def _two_clocks(self, known: _Source, offset: int, alerts: list[ClockAlert]) -> None:
-        alerts.append(
-            ClockAlert(
-                "two_clocks",
-                f"{name_of(known.ledger.source).capitalize()} sends {offset_text(offset)} where its clock was known "
-                "otherwise: either its clock was set, or two terminals send under one name; give each its own source.",
-                {"offset": offset},
-            )
+        message = (
+            f"{title(known.ledger.source)} sends {offset_text(offset)} from UTC where its clock is known otherwise: its "
+            "clock was set, or two terminals send under one name, and each needs a source of its own."
         )
+        alerts.append(ClockAlert("two_clocks", message, {"offset": offset}))
 
-    def _from_newest(self, known: _Source, series: Series, now: float, alerts: list[ClockAlert]) -> Timeline:
+    def _from_newest(self, known: _Source, series: Series, now: float, alerts: list[ClockAlert]) -> None:
         """The offset of now from the newest bar, for a source without rule and clock fields."""
+        runs = known.runs()
         found = newest_bar(series, now)
-        if found is None or (known.book.runs and known.book.runs[-1].origin == "fields"):
-            return known.line
+        if found is None or (runs and runs[-1].origin == "fields"):
+            return
         at = int(now)
         seen = ClockRun(since=at, until=at, offset=found.offset, origin="inferred")
-        if not known.book.runs:
+        if not runs:
             if found.offset == 0:
                 known.utc_until = at if found.fresh and found.fine else known.utc_until
                 known.change = None
-                return known.line
-            if not found.ahead:
-                return known.line
-            in_utc = known.utc_until is not None and at - known.utc_until < UTC_STANDS
-            if in_utc and not self._persists(known, found, now):
-                return known.line
-            self._take(known, msgspec.structs.replace(known.book, runs=(seen,)), now, alerts, True)
-            self._say_inferred(known, found.offset, alerts)
-            return known.line
-        if found.offset == known.line.offset_at(at):
+            elif found.ahead:
+                in_utc = known.utc_until is not None and at - known.utc_until < UTC_STANDS
+                if not in_utc or self._persists(known, found, now):
+                    self._take(known, (seen,), now, alerts, True)
+                    self._say_inferred(known, found.offset, alerts)
+            return
+        expected = known.line.offset_at(at)
+        if found.offset == expected:
             known.change = None
-            with_it = with_observation(known.runs(), seen) if found.fresh else None
-            if with_it is not None and (len(with_it) != len(known.book.runs) or at - known.until > SAVE_EVERY):
-                self._take(known, msgspec.structs.replace(known.book, runs=with_it), now, alerts, True)
-            elif with_it is not None:
+            if runs[-1].offset == expected and at - known.until <= SAVE_EVERY:
                 known.until = max(known.until, at)
-            return known.line
+            elif found.fresh and (with_it := with_observation(runs, seen)) is not None:
+                self._take(known, with_it, now, alerts, True)
+            return
         # An hour up or down in bar after bar is daylight saving that nobody told us of; a late bar is no clock.
-        whole_hours = (found.offset - known.line.offset_at(at)) % HOUR == 0
-        if found.fine and whole_hours and self._persists(known, found, now):
-            runs = known.runs()
-            since = max(runs[-1].until + 1, known.change.since if known.change is not None else at)
-            run = msgspec.structs.replace(seen, since=min(since, at))
-            self._take(known, msgspec.structs.replace(known.book, runs=(*runs, run)), now, alerts, False)
-            self._say_inferred(known, found.offset, alerts)
-        return known.line
+        likely = (found.offset - expected) % HOUR == 0 and (found.fine or found.offset > expected)
+        if likely and self._persists(known, found, now) and known.change is not None:
+            since = max(known.change.since, known.until + 1)
+            run = ClockRun(since=min(since, at), until=at, offset=found.offset, origin="inferred")
+            self._take(known, (*runs, run), now, alerts, False)
 
     def _persists(self, known: _Source, found: Newest, now: float) -> bool:
+        """Whether bar after bar says the same; until then they were converted as before."""
         change = known.change
         if change is None or change.offset != found.offset:
-            known.change = _Change(found.offset, int(now), now, 1, found.bar)
+            known.change = _Change(found.offset, int(now) // STEP * STEP, now, 1, found.bar)
             return False
         if found.bar > change.bar:
             change.count, change.bar = change.count + 1, found.bar
-        if change.count < PERSISTS_BARS or now - change.began < PERSISTS:
+        if change.count < (PERSISTS_BARS if found.fine else 2) or now - change.began < PERSISTS:
             return False
-        change.began = now  # until now its bars were converted by the old offset
+        change.began = now
         return True
 
     def _say_inferred(self, known: _Source, offset: int, alerts: list[ClockAlert]) -> None:
         name = known.ledger.source
-        alerts.append(
-            ClockAlert(
-                "inferred",
-                f"The newest bar of {name_of(name)} is ahead of our clock: its times are taken as "
-                f'{offset_text(offset)} from UTC. Confirm it in mt5.toml ([clock."{name}"] rule), or send server_time '
-                "and gmt_time; what was stored before is mended by `mt5 clock restate`.",
-                {"offset": offset},
-            )
+        message = (
+            f"{title(name)} sends bars from the future: its times are taken as {offset_text(offset)} from UTC. Confirm it "
+            f'in mt5.toml ([clock."{name}"] rule = ...) or send server_time and gmt_time; `mt5 clock restate` mends what '
+            "was stored before."
         )
+        alerts.append(ClockAlert("inferred", message, {"offset": offset}))
 
     # --- daylight saving from week openings ------------------------------------------------------------------------
 
-    def _follow(self, known: _Source, series: Series, replay: bool, now: float) -> None:
+    def _note_openings(self, known: _Source, series: Series) -> None:
         if known.book.family is not None:
             return
         for (symbol, timeframe), times in series.items():
-            if SECONDS[timeframe] > HOUR or not times:
-                continue
-            ordered = times if len(times) == 1 else sorted(times)
-            known.openings.note(f"{symbol} {timeframe}", ordered, self.zones(NEW_YORK))
+            if times and SECONDS[timeframe] <= HOUR:
+                ordered = times if len(times) == 1 else sorted(times)
+                known.openings.note(f"{symbol} {timeframe}", ordered, self.zones(NEW_YORK))
 
     def _learn_family(self, known: _Source, now: float, alerts: list[ClockAlert]) -> None:
         book = known.book
@@ -452,11 +444,8 @@ class Clocks:
         if rule is None:
             return
         self._turn(known, msgspec.structs.replace(book, runs=known.runs(), family=rule), now)
-        alerts.append(
-            ClockAlert(
-                "learned",
-                f"The clock of {name_of(known.ledger.source)} follows {rule}, as its week openings show: "
-                "`mt5 clock restate` puts right, and confirms, what was stored on an assumption before.",
-                {"rule": rule},
-            )
+        message = (
+            f"{title(known.ledger.source)} follows {rule}, as its week openings show: `mt5 clock restate` confirms, or "
+            "puts right, what was stored on an assumption before."
         )
+        alerts.append(ClockAlert("learned", message, {"rule": rule}))

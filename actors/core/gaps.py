@@ -35,21 +35,25 @@ from schema.messages import UtcTime
 
 ENOUGH: Final = 3  # weeks after which a slot is judged by its own weekday alone
 RARELY: Final = 0.1  # a slot with a bar in at most this share of the weeks is outside the session
-NO_CHANCE: Final = 1e-4  # so improbable is a stretch without bars in all those weeks if it were open
+NO_CHANCE: Final = 1e-5  # so improbable is a stretch without bars in all those weeks if it were open
+LIQUID: Final = 0.9  # a series with more than this share of its bars
 AHEAD: Final = 8 * WEEK  # a report judges a hole by the weeks on both sides of it
 LONGEST: Final = 4 * WEEK  # a longer hole is told as one loss
 
 EDGE: Final = 900  # a session may begin or end this much off its usual time
 EDGE_SEASON: Final = HOUR  # the same beside a weekend, in the weeks when America and Europe change their clocks
+MOVED: Final = 0.9  # the share of a hole that an hour's difference must explain
 WEEKEND_FROM: Final = 5 * DAY + 21 * HOUR  # Friday 17:00 New York in summer, UTC, from Sunday
 WEEKEND_TO: Final = 22 * HOUR  # Sunday 17:00 New York in winter
 WEEKEND_SPAN: Final = (40 * HOUR, 56 * HOUR)  # a first weekend of other hours
+BREAK_WITHIN: Final = (20 * HOUR + 3_300, 23 * HOUR + 300)  # 17:00 in New York and the hour after, UTC, both seasons
+BREAK_SPAN: Final = 4_500
 WHOLE_SESSION: Final = 20 * HOUR
 HOLIDAY_MARGIN: Final = 3 * HOUR  # a closed day's own clock may differ from the broker's by this much
 HOLIDAY_RUN: Final = 6 * HOUR
 SHORT_BY: Final = 10 * HOUR  # a day of short hours is short by at most this much
 
-SLOW: Final = 900  # from M15 on even one missing bar is worth a question
+SLOW: Final = 900  # from M15 on even one missing bar is worth a question, where they are rare
 TINY: Final = 300  # up to M5 one bar may be empty by itself
 RARE: Final = 0.2  # a hole that the series' own rate shows less often a week is a loss
 CLUSTER: Final = 0.2  # empty bars come in runs: the chance of one after another, beside the rate itself
@@ -175,12 +179,17 @@ class _Judge:
         if self.step >= WEEK:
             return self._none(), self._none()
         run = self.run
-        closed = self._unusual(run.slot)
+        closed = self._unusual(run.slot, RARELY)
         for shift, neighbour in ((HOUR, self.hole[1]), (-HOUR, self.hole[0])):
-            # A bar where the calendar has none beside the hole: the session has moved against our clock.
-            if self.step <= HOUR and not closed.all() and self._is_odd(neighbour):
-                closed |= self._unusual((run.slot + shift // self.step) % self.calendar.slots)
-        closed |= self._first_weekend()
+            if self.step > HOUR or closed.all():
+                break
+            # The session has moved against our clock: the hole is one an hour off, and a bar stands where there is
+            # none otherwise, or it is the time of year for it.
+            if self._is_odd(neighbour) or _clocks_change(self.hole[0]):
+                moved = self._unusual((run.slot + shift // self.step) % self.calendar.slots, 0.5)
+                if moved.mean() >= MOVED:
+                    closed |= moved
+        closed |= self._first_break() | self._first_weekend()
         for start, stop in _stretches(closed):
             self._widen(closed, start, stop)
         weekend = self._none()
@@ -189,11 +198,11 @@ class _Judge:
                 weekend[start:stop] = self._saturday()[start:stop].any()
         return closed, weekend
 
-    def _unusual(self, slot: Ints) -> Flags:
+    def _unusual(self, slot: Ints, share: float) -> Flags:
         """Bars whose slot has hardly ever one, by its own weeks or, where these are few, by the other weekdays."""
         passed, seen = self.known[slot], self.seen[slot]
         weeks, bars = _count(passed), _count(seen)
-        by_week = (bars <= RARELY * weeks) | self._lately(passed, seen)
+        rare, lately = bars <= share * weeks, self._lately(passed, seen)
         enough = weeks >= ENOUGH
         few = np.flatnonzero(~enough)
         per_day = self.calendar.per_day
@@ -205,12 +214,13 @@ class _Judge:
                 use = (day != other) & np.isin(day, list(days))
                 weeks[few] += np.where(use, _count(known[other, time]), 0)
                 bars[few] += np.where(use, _count(seen_[other, time]), 0)
-        out: Flags = np.where(enough, by_week, (weeks >= 2) & (bars <= RARELY * weeks))
-        empty = 1.0 - self._fill()
+        out: Flags = np.where(enough, rare | lately, (weeks > 0) & (bars <= share * weeks))
+        absent = np.where(enough & ~rare, 3, weeks - bars)
+        fill = self._fill()
+        empty = 0.001 if fill > LIQUID else 1.0 - fill  # what a liquid series lacks is holidays and losses
         least = 1 if self.step >= SLOW else 3
         for start, stop in _stretches(out):
-            absent = int((weeks - bars)[start:stop].sum())
-            if stop - start < least or empty**absent > NO_CHANCE:
+            if stop - start < least or empty ** int(absent[start:stop].sum()) > NO_CHANCE:
                 out[start:stop] = False
         return out
 
@@ -224,10 +234,13 @@ class _Judge:
         return out
 
     def _fill(self) -> float:
-        """The share of bars among the slots that ever have one."""
-        open_ = self.calendar.seen > 0
-        weeks = int(_count(self.known[open_]).sum())
-        return min(0.999, int(_count(self.seen[open_]).sum()) / weeks) if weeks else 0.5
+        """The share of bars among the slots that have one in half of the weeks (or, with none such, that ever have)."""
+        weeks, bars = _count(self.known), _count(self.seen)
+        usual = (2 * bars >= weeks) & (bars > 0)
+        if 10 * int(usual.sum()) < len(usual):
+            usual = bars > 0
+        passed = int(weeks[usual].sum())
+        return int(bars[usual].sum()) / passed if passed else 0.5
 
     def _is_odd(self, ts: int) -> bool:
         """Whether a bar stands in a slot that has none in half of the other weeks."""
@@ -236,6 +249,16 @@ class _Judge:
         others = int(self.known[slot]) & ~(1 << back if 0 <= back < WEEKS else 0)
         bars = int(self.seen[slot]) & others
         return others.bit_count() >= 2 and 2 * bars.bit_count() <= others.bit_count()
+
+    def _first_break(self) -> Flags:
+        """Before its own history tells: a short hole around 17:00 in New York."""
+        at = self.run.utc % DAY
+        if len(at) * self.step > BREAK_SPAN or at.min() < BREAK_WITHIN[0] or at.max() + self.step > BREAK_WITHIN[1]:
+            return self._none()
+        per_day = self.calendar.per_day
+        weekdays = self.known.reshape(7, per_day)[1:6, self.run.slot % per_day]
+        out: Flags = _count(weekdays).sum(axis=0) == 0
+        return out
 
     def _first_weekend(self) -> Flags:
         """Before its own history tells: the weekend of New York, or a hole of a weekend's length around Saturday."""
@@ -326,6 +349,8 @@ class _Judge:
         here = open_ & np.tile(time, calendar.slots // calendar.per_day)
         passed, empty = int(weeks[here].sum()), int((weeks - with_bar)[here].sum())
         rate = (empty + PRIOR * usual) / (passed + PRIOR)
+        if self.step >= SLOW and rate <= RARELY:
+            return True
         a_week = max(int(open_.sum()), calendar.slots // 2)
         expected: float = a_week * rate * min(0.95, CLUSTER + rate) ** (bars - 1)
         return expected < RARE

@@ -16,7 +16,8 @@ from typing import Any, Final
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from actors.core.timeframe import bar_end, from_epoch, on_grid
+from actors.core.clock import AS_UTC, Conversion
+from actors.core.timeframe import from_epoch
 from schema.messages import Candle, IngestCandle
 from schema.settings import Symbol
 from schema.timeframes import SECONDS, TIMEFRAMES, canonical
@@ -28,7 +29,6 @@ AGREE: Final = 3  # bars in a row that agree make a jump a split
 ANONYMOUS: Final = ""
 REPLAYED: Final = "~replay"  # a replay that names no source: never the owner
 SYMBOL_BYTES: Final = 64
-OFFSET_STEP: Final = 900  # brokers' clocks differ from UTC by multiples of 15 minutes
 VOLUME_LIMIT: Final = 2.0**63
 MILLISECONDS_FROM: Final = 100_000_000_000  # epoch seconds reach this in the year 5138
 
@@ -67,24 +67,30 @@ class Payload(Struct, frozen=True):
     replay: bool
 
     @property
-    def offset(self) -> int:
-        """Seconds that the candles' clock is ahead of UTC, from the clock fields; 0 without them."""
-        if self.server_time is None or self.gmt_time is None:
-            return 0
-        return round((self.server_time - self.gmt_time) / OFFSET_STEP) * OFFSET_STEP
-
-    @property
     def origin(self) -> str:
         """The source as versions are told apart by it; a replay that names none is a source of its own."""
         return self.source or (REPLAYED if self.replay else ANONYMOUS)
 
-    @property
-    def ts_source(self) -> str:
-        return "server" if self.server_time is not None and self.gmt_time is not None else "utc"
+
+class Checked(Struct, frozen=True):
+    """A candle whose own values are in order; ``sent`` is its open time in the sender's clock."""
+
+    index: int
+    symbol: str
+    timeframe: str
+    sent: int
+    open: float
+    high: float
+    low: float
+    close: float
+    volume: float
+    spread: float
+    real_volume: float
+    closed: bool | None
 
 
 class Bar(Struct, frozen=True):
-    """A candle of a payload that passed every check, in UTC."""
+    """A candle of a payload that passed every check, in UTC; ``end`` is the next step of its grid."""
 
     index: int
     symbol: str
@@ -277,8 +283,8 @@ def parse_time(value: str | int | float | None) -> int:
     return int(seconds)
 
 
-def check(candle: IngestCandle, index: int, payload: Payload, symbols: Mapping[str, Symbol]) -> Bar:
-    """One candle checked by itself, in UTC.
+def check(candle: IngestCandle, index: int, payload: Payload, symbols: Mapping[str, Symbol]) -> Checked:
+    """One candle checked by itself.
 
     Raises:
         ValueError: the candle breaks a rule; the message is the reason shown to the sender.
@@ -297,8 +303,6 @@ def check(candle: IngestCandle, index: int, payload: Payload, symbols: Mapping[s
     if timeframe is None:
         raise ValueError(f"timeframe {named[:20]!r} is unknown: use one of {', '.join(TIMEFRAMES)}")
     ts = parse_time(candle.ts if candle.ts is not None else candle.time)
-    if not on_grid(ts, timeframe):
-        raise ValueError(f"ts {from_epoch(ts):%Y-%m-%dT%H:%M:%SZ} is off the grid of {timeframe}")
     o, h, lo, c = candle.open, candle.high, candle.low, candle.close
     for name, price in (("open", o), ("high", h), ("low", lo), ("close", c)):
         if not math.isfinite(price):
@@ -319,18 +323,45 @@ def check(candle: IngestCandle, index: int, payload: Payload, symbols: Mapping[s
             raise ValueError(f"{name} is negative")
         if not amount < VOLUME_LIMIT:
             raise ValueError(f"{name} is not below 2^63")
-    offset = payload.offset
-    row = Candle(
-        ts=from_epoch(ts - offset),
-        open=o,
-        high=h,
-        low=lo,
-        close=c,
-        volume=float(volume),
-        spread=float(spread),
-        real_volume=float(real),
+    return Checked(
+        index,
+        symbol,
+        timeframe,
+        ts,
+        o,
+        h,
+        lo,
+        c,
+        float(volume),
+        float(spread),
+        float(real),
+        candle.closed,
     )
-    return Bar(index, symbol, timeframe, ts - offset, bar_end(ts, timeframe) - offset, row, candle.closed)
+
+
+def place(checked: Checked, clock: Conversion) -> Bar:
+    """A checked candle in UTC, its grid tested in the clock that its bars follow.
+
+    Raises:
+        ValueError: the bar lies off its timeframe's grid.
+    """
+    sent, timeframe = checked.sent, checked.timeframe
+    if not clock.on_grid(sent, timeframe):
+        raise ValueError(f"ts {from_epoch(sent):%Y-%m-%dT%H:%M:%SZ} is off the grid of {timeframe}")
+    ts = clock.to_utc(sent, timeframe)
+    if ts < 0:
+        raise ValueError("ts is before 1970")
+    row = Candle(
+        ts=from_epoch(ts),
+        open=checked.open,
+        high=checked.high,
+        low=checked.low,
+        close=checked.close,
+        volume=checked.volume,
+        spread=checked.spread,
+        real_volume=checked.real_volume,
+    )
+    return Bar(checked.index, checked.symbol, timeframe, ts, clock.end(sent, timeframe), row, checked.closed)
 
 
 def _jumps(candle: Candle, base: float) -> bool:
@@ -345,27 +376,55 @@ def _is_split(ranges: Sequence[tuple[float, float]]) -> bool:
     return max(high for _, high in newest) <= JUMP * min(low for low, _ in newest)
 
 
-def judge(
-    payload: Payload, now: float, series: Mapping[tuple[str, str], Series], symbols: Mapping[str, Symbol]
-) -> Judged:
-    """Decides what each candle of a payload is. ``now`` is our clock (epoch seconds).
+class CheckedPayload(Struct):
+    """A payload's candles by themselves: those in order, those rejected, and the times as sent, by series."""
 
-    ``series`` holds what is known of the payload's series (missing: nothing). It is not changed, but for
-    ``sends_forming`` and ``jumps``, which describe the sender and not the stream.
-    """
-    out = Judged({}, [], 0, [])
-    groups: dict[tuple[str, str], list[Bar]] = {}
+    good: list[Checked]
+    rejected: list[tuple[int, str]]
+    sent: dict[tuple[str, str], list[int]]
+
+
+def check_payload(payload: Payload, symbols: Mapping[str, Symbol]) -> CheckedPayload:
+    """Checks each candle by itself; what the sender's times mean is for its clock to say."""
+    out = CheckedPayload([], [], {})
     for index, candle in enumerate(payload.candles):
         if isinstance(candle, str):
             out.rejected.append((index, candle))
             continue
         try:
-            bar = check(candle, index, payload, symbols)
+            checked = check(candle, index, payload, symbols)
         except ValueError as error:
             out.rejected.append((index, str(error)))
             continue
+        out.good.append(checked)
+        out.sent.setdefault((checked.symbol, checked.timeframe), []).append(checked.sent)
+    return out
+
+
+def judge(
+    payload: Payload,
+    checked: CheckedPayload,
+    now: float,
+    series: Mapping[tuple[str, str], Series],
+    symbols: Mapping[str, Symbol],
+    conversion: Conversion = AS_UTC,
+) -> Judged:
+    """Decides what each candle of a payload is. ``now`` is our clock (epoch seconds).
+
+    ``series`` holds what is known of the payload's series (missing: nothing). It is not changed, but for
+    ``sends_forming``, ``jumps`` and confirmed clocks, which describe the sender and not the stream. ``conversion``
+    says what the sender's times mean.
+    """
+    out = Judged({}, [], 0, list(checked.rejected))
+    groups: dict[tuple[str, str], list[Bar]] = {}
+    for candle in checked.good:
+        try:
+            bar = place(candle, conversion)
+        except ValueError as error:
+            out.rejected.append((candle.index, str(error)))
+            continue
         groups.setdefault((bar.symbol, bar.timeframe), []).append(bar)
-    clock = _clock(payload, now)
+    clock = _clock(payload, now, conversion)
     for key, bars in groups.items():
         bars.sort(key=lambda bar: bar.ts)
         _judge_series(key, bars, payload, clock, now, series.get(key) or Series(), symbols, out)
@@ -380,11 +439,11 @@ class _Clock(Struct, frozen=True):
     sender: bool
 
 
-def _clock(payload: Payload, now: float) -> _Clock:
+def _clock(payload: Payload, now: float, conversion: Conversion) -> _Clock:
     if payload.replay:
         return _Clock(None if payload.gmt_time is None else float(payload.gmt_time), True)
     if payload.server_time is not None:
-        return _Clock(float(payload.server_time - payload.offset), True)
+        return _Clock(float(conversion.to_utc(payload.server_time)), True)
     return _Clock(now, False)
 
 

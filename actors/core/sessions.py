@@ -47,11 +47,11 @@ class ServerClock:
 
 
 UTC_CLOCK: Final = ServerClock()
-ClockOf: TypeAlias = Callable[[str, str], ServerClock]  # the clock of a symbol and timeframe
+ClockOf: TypeAlias = Callable[[str | None], ServerClock]  # a source's clock
 
 
-def no_clock(_symbol: str, _timeframe: str) -> ServerClock:
-    """For series whose times are UTC alone."""
+def no_clock(_source: str | None) -> ServerClock:
+    """For sources whose clock is UTC."""
     return UTC_CLOCK
 
 
@@ -209,7 +209,8 @@ class Calendar:
         """The bars that the grid has between two."""
         if self._follows_days():
             servers, server, end = [], self._next(self.clock.to_server(after)), self.clock.to_server(before)
-            while server < end:
+            # Half a bar's patience: a day may last 23 or 25 hours on a clock that we take for UTC.
+            while server + self.step // 2 < end:
                 servers.append(server)
                 server = self._next(server)
             moved = np.array(servers, np.int64)

@@ -273,8 +273,8 @@ class Pasts:
     async def load(self, symbol: str, timeframe: str) -> Past | None:
         """Raises BusUnavailable, StoreUnavailable or StreamReplaced: ask again later."""
         archived, cursor = await self._archived(symbol, timeframe)
-        tail = await self._logged(symbol, timeframe, cursor)
-        clock = self._clock_of(symbol, timeframe)
+        tail, source = await self._logged(symbol, timeframe, cursor)
+        clock = self._clock_of(archived.source if archived is not None else source)
         return await asyncio.get_running_loop().run_in_executor(None, _past, timeframe, clock, archived, tail)
 
     async def _archived(self, symbol: str, timeframe: str) -> tuple[Holes | None, int]:
@@ -285,26 +285,28 @@ class Pasts:
         bars = min(WEEKS * WEEK // SECONDS[timeframe], WEEKS * WEEK // 60) + REACH
         return await self._store.holes(symbol, timeframe, limit=bars), row["candles_seq"] if row is not None else 0
 
-    async def _logged(self, symbol: str, timeframe: str, after: int) -> list[int]:
-        """Open times of the log's bars after a sequence."""
+    async def _logged(self, symbol: str, timeframe: str, after: int) -> tuple[list[int], str | None]:
+        """Open times of the log's bars after a sequence, and who sent the newest."""
         subject = CANDLES.subject(timeframe, symbol)
         times: list[int] = []
         try:
             raw = await self._bus.js.get_last_msg(str(CANDLES.stream), subject, direct=True)
         except NotFoundError:
-            return times
+            return times, None
         except (NatsError, TimeoutError) as error:
             raise BusUnavailable(f"NATS did not say what it holds of {symbol} ({type(error).__name__}).") from error
         last = int(raw.seq or 0)
         if last <= after:
-            return times
+            return times, None
+        source: str | None = None
         # One series is read at a time: the name needs to be no other.
         async with Reader(self._bus, CANDLES, name="collector-gaps", start=after + 1, subject=subject) as reader:
             async for delivery in reader:
                 times += [int(row.ts.timestamp()) for row in delivery.message.rows]
+                source = delivery.message.source
                 if delivery.stream_seq >= last:
                     break
-        return times
+        return times, source
 
 
 def _past(timeframe: str, clock: ServerClock, archived: Holes | None, tail: Iterable[int]) -> Past | None:

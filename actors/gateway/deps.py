@@ -21,7 +21,7 @@ class GatewayDeps:
     ``ready``: the bus is connected and the series' state is known. ``checks``: what the collector knows of the bus and
     of the actors behind it (the archive's check is added by /health). ``signals_after``: at most that many of the
     SIGNALS stream's messages after a sequence, in order, empty at the stream's end; raises BusUnavailable.
-    ``clock_of``: the broker's clock of a series. ``given_up``: its spans that were asked for in vain.
+    ``clock_of``: a source's clock. ``given_up``: spans of a series (symbol, timeframe) that were asked for in vain.
     """
 
     settings: Settings

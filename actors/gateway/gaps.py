@@ -54,7 +54,7 @@ class Gaps(Reads):
         )
         if holes is None:
             raise HttpProblem(404, f"The archive has no bar of {symbol} {timeframe} there: check the spelling.")
-        clock = self._deps.clock_of(symbol, timeframe)
+        clock = self._deps.clock_of(holes.source)
         made = await asyncio.get_running_loop().run_in_executor(
             None, gap_report, symbol, timeframe, holes, clock, start, end, self._deps.given_up(symbol, timeframe)
         )

@@ -252,21 +252,23 @@ SELECT symbol, timeframe FROM s
 WHERE ($1::text IS NULL OR symbol = $1) AND ($2::text IS NULL OR timeframe = $2);
 
 -- The first row's "before" is the first bar, the last row's "after" the last one; between them the holes. No row where
--- there is no bar.
+-- there is no bar. The source is the newest bar's.
 -- name: series_holes
 -- symbol, timeframe, from or null, to or null, limit (the newest bars of that span), seconds from a bar to the next
 WITH bars AS (
-    SELECT ts FROM market_data
+    SELECT ts, source FROM market_data
     WHERE symbol = $1 AND timeframe = $2
         AND ts >= coalesce($3::timestamptz, '-infinity') AND ts <= coalesce($4::timestamptz, 'infinity')
     ORDER BY ts DESC LIMIT $5
 ), pairs AS (
     SELECT lag(ts) OVER (ORDER BY ts) AS after, ts AS before FROM bars
 )
-SELECT extract(epoch FROM after)::int8 AS after, extract(epoch FROM before)::int8 AS before, NULL::int8 AS bars
+SELECT extract(epoch FROM after)::int8 AS after, extract(epoch FROM before)::int8 AS before, NULL::int8 AS bars,
+    NULL AS source
 FROM pairs WHERE after IS NULL OR before - after <> make_interval(secs => $6::float8)
 UNION ALL
-SELECT extract(epoch FROM max(ts))::int8, NULL, count(*) FROM bars HAVING count(*) > 0
+SELECT extract(epoch FROM max(ts))::int8, NULL, count(*), (SELECT source FROM bars ORDER BY ts DESC LIMIT 1)
+FROM bars HAVING count(*) > 0
 ORDER BY before NULLS LAST;
 
 -- name: series_rows

@@ -25,7 +25,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
     refused = []
     for system in made:
         system.end()
-        # Every actor works under its own NATS user: a right that it lacks shows here, whatever else went well.
+        # Every actor works under its own NATS user: a right that it lacks shows in its log, whatever else went well.
         refused += [line for line in system.logs().splitlines() if "permissions violation" in line.lower()]
         for folder in ("nats", "postgres"):
             shutil.rmtree(system.home / folder, ignore_errors=True)

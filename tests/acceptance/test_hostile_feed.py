@@ -41,7 +41,7 @@ SEEDS_A_RUN: Final = 25
 CI_SEEDS: Final = 200
 TORTURE_SEEDS: Final = 2_000
 QUIET: Final = 0.5  # seconds that bars before a series' first wait for more of them: ten in service
-PATIENCE: Final = 60.0
+PATIENCE: Final = 20.0
 SENTINEL: Final = "SENTINEL"
 
 CANDLE: Final = ("open", "high", "low", "close", "volume", "spread", "real_volume")

@@ -248,7 +248,7 @@ def test_structs_are_frozen_and_take_aware_times_only(struct: type[msgspec.Struc
     for found in inspect.type_info(struct).fields:
         members = getattr(found.type, "types", (found.type,))
         for member in members:
-            assert not isinstance(member, inspect.DatetimeType) or member.tz, f"{found.name} may be naive"
+            assert not isinstance(member, inspect.DateTimeType) or member.tz, f"{found.name} may be naive"
 
 
 def test_naive_times_are_refused() -> None:

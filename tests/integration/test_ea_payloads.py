@@ -6,65 +6,31 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
-from aiohttp import web
 
-from actors.collector import Collector
 from bus.client import Bus
-from bus.subjects import CANDLES
 from deploy.embedded import NatsServer
-from deploy.server import free_port
-from schema.messages import Candle, CandleBlock
-from schema.settings import Gateway, Nats, Settings
-from tests.builders import read_until, running, walk
+from schema.messages import Candle
+from tests.builders import walk
 from tests.conftest import missing
 from tests.mql5 import host
 from tests.mql5.host import PERIODS, Ea
+from tests.terminals import archive, front, gateway, post, stored
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "ea"
 WRITE = os.environ.get("WRITE_EA_FIXTURES") == "1"
 START = 1_735_776_000  # 2025-01-02T00:00:00Z
 OFFSET = 7_200
-HEADERS = {"Content-Type": "application/json"}
 
 
 # --- a gateway, and the EA beside it -------------------------------------------------------------------------------
-
-
-@contextlib.asynccontextmanager
-async def gateway(nats_url: str, **limits: Any) -> AsyncIterator[str]:
-    port = limits.pop("port", None) or free_port()
-    settings = Settings(gateway=Gateway(port=port, **limits), nats=Nats(publish_timeout=1.0))
-    async with running(Collector, nats_url=nats_url, settings=settings):
-        yield f"http://127.0.0.1:{port}"
-
-
-async def post(url: str, body: bytes) -> tuple[int, dict[str, Any]]:
-    async with aiohttp.ClientSession() as http, http.post(f"{url}/ingest", data=body, headers=HEADERS) as response:
-        return response.status, await response.json()
-
-
-async def stored(bus: Bus) -> list[CandleBlock]:
-    """Everything on CANDLES."""
-    count = (await bus.js.stream_info(str(CANDLES.stream))).state.messages
-    return await read_until(bus, CANDLES, lambda blocks: len(blocks) >= count, seconds=5)
-
-
-async def archive(bus: Bus) -> dict[tuple[str, str], dict[datetime, Candle]]:
-    """What the log holds: the newest version of each bar."""
-    out: dict[tuple[str, str], dict[datetime, Candle]] = {}
-    for block in await stored(bus):
-        out.setdefault((block.symbol, block.timeframe), {}).update({row.ts: row for row in block.rows})
-    return out
 
 
 def fixture(name: str) -> bytes:
@@ -209,7 +175,7 @@ async def test_broker_time_before_and_after_its_daylight_saving(bus: Bus, nats_u
         assert (await told(url, "dst_winter"))["accepted"] == 2
         assert (await told(url, "dst_summer"))["accepted"] == 2
         held = await archive(bus)
-    assert list(held["EURUSD", "H1"]) == [datetime(2025, 3, 28, 9, tzinfo=UTC), datetime(2025, 3, 31, 9, tzinfo=UTC)]
+    assert list(held["EURUSD", "H1"]) == [datetime(2025, 3, 28, 9, tzinfo=UTC), datetime(2025, 3, 31, 8, tzinfo=UTC)]
     assert list(held["EURUSD", "H4"]) == [datetime(2025, 3, 28, 6, tzinfo=UTC), datetime(2025, 3, 31, 5, tzinfo=UTC)]
 
 
@@ -256,9 +222,7 @@ async def test_first_run_live_forming_and_correction(bus: Bus, nats_url: str, de
     assert list(held["EURUSD", "M1"].values()) == [*rows[:20], changed(rows[20], 1.19)]
 
 
-async def test_a_last_bar_without_successor_is_closed_by_the_servers_clock(
-    bus: Bus, nats_url: str, desk: Any
-) -> None:
+async def test_a_last_bar_without_successor_is_closed_by_the_servers_clock(bus: Bus, nats_url: str, desk: Any) -> None:
     rows = walk(21, seed=6)
     async with gateway(nats_url) as url:
         d = desk(url, InpHistoryBars=20, InpSendForming=0)
@@ -461,9 +425,7 @@ async def test_what_the_gateway_cannot_take_is_kept_aside(bus: Bus, nats_url: st
         assert rows[21].ts in (await archive(bus))["EURUSD", "M1"]
 
 
-async def test_a_full_queue_pauses_and_the_terminals_history_fills_the_rest(
-    bus: Bus, nats_url: str, desk: Any
-) -> None:
+async def test_a_full_queue_pauses_and_the_terminals_history_fills_the_rest(bus: Bus, nats_url: str, desk: Any) -> None:
     rows = walk(101)
     async with gateway(nats_url) as url:
         d = desk(url, InpHistoryBars=20, InpQueueFiles=3)
@@ -570,25 +532,3 @@ async def test_inputs_that_make_no_sense_are_explained(desk: Any) -> None:
     await d.do("tester", 1)
     assert await d.init() != 0
     assert "Strategy Tester" in d.ea.said[-1]
-
-
-@contextlib.asynccontextmanager
-async def front(url: str | None, adds: dict[str, Any]) -> AsyncIterator[str]:
-    """A server in front of a gateway that adds to its answers; without a gateway it is a proxy's welcome page."""
-
-    async def handle(request: web.Request) -> web.Response:
-        if url is None:
-            return web.Response(text="<html>Welcome</html>", content_type="text/html")
-        status, body = await post(url, await request.read())
-        return web.json_response(body | adds, status=status, dumps=lambda value: json.dumps(value, separators=(",", ":")))
-
-    app = web.Application(client_max_size=2**21)
-    app.router.add_post("/ingest", handle)
-    runner = web.AppRunner(app, shutdown_timeout=1)
-    await runner.setup()
-    port = free_port()
-    await web.TCPSite(runner, "127.0.0.1", port).start()
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        await runner.cleanup()

@@ -7,6 +7,8 @@ import gzip
 import io
 import itertools
 import json
+import os
+import signal
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -85,7 +87,7 @@ async def _door(folder: Path, gateway: Gateway) -> AsyncIterator[Door]:
     port = free_port()
     settings = Settings(
         gateway=Gateway(**{name: getattr(gateway, name) for name in gateway.__struct_fields__} | {"port": port}),
-        nats=Nats(publish_timeout=1.0),
+        nats=Nats(),
     )
     with nats_server(Path(tempfile.mkdtemp(prefix="nats-", dir=folder))) as server:
         url = server.url(OPERATOR)
@@ -519,7 +521,7 @@ async def test_a_full_bus_answers_503_within_two_seconds(server_folder: Path) ->
         assert [(await door.post(candle(i))).status for i in range(1, 4)] == [200] * 3
 
 
-async def test_a_bus_that_is_away_or_frozen_answers_503_within_two_seconds(server_folder: Path) -> None:
+async def test_a_bus_that_is_away_answers_503_within_two_seconds(server_folder: Path) -> None:
     async for door in _door(server_folder, Gateway()):
         await door.post(candle(0))
         for name in ("EURUSD", "UNSEEN"):
@@ -532,3 +534,22 @@ async def test_a_bus_that_is_away_or_frozen_answers_503_within_two_seconds(serve
             async with asyncio.timeout(20):
                 while (await door.post(candle(1, name))).status == 503:
                     await asyncio.sleep(0.05)
+
+
+async def test_a_frozen_bus_answers_503_within_two_seconds(server_folder: Path) -> None:
+    async for door in _door(server_folder, Gateway()):
+        await door.post(candle(0))
+        assert door.server.pid is not None
+        os.kill(door.server.pid, signal.SIGSTOP)
+        try:
+            # One bar of a known series, many of it, and a series that the log would have to be asked for.
+            for payload in (candle(1), [candle(i) for i in range(1, 2_500)], candle(1, "UNSEEN")):
+                started = time.monotonic()
+                answer = await door.post(payload)
+                assert time.monotonic() - started < 2
+                assert (answer.status, answer.error, answer.headers["Retry-After"]) == (503, UNKNOWN, "1")
+        finally:
+            os.kill(door.server.pid, signal.SIGCONT)
+        async with asyncio.timeout(20):
+            while (await door.post(candle(1))).status == 503:
+                await asyncio.sleep(0.05)

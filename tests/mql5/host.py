@@ -45,7 +45,15 @@ def build(folder: Path) -> Path:
     program = folder / "ea"
     found = compiler()
     assert found is not None
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Wno-unused-function", "-Wno-unused-parameter", "-Wno-sign-compare"]
+    flags = [
+        "-std=c++17",
+        "-O0",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unused-function",
+        "-Wno-unused-parameter",
+        "-Wno-sign-compare",
+    ]
     run = subprocess.run(
         [found, *flags, "-I", str(HERE), "-o", str(program), str(source)], capture_output=True, text=True, timeout=120
     )

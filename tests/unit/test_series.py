@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.core.history import History, revise, take_in
@@ -228,6 +228,7 @@ def test_deferred_history_is_one_recomputation() -> None:
 # --- every order ---------------------------------------------------------------------------------------------------
 
 
+@settings(max_examples=30)
 @given(data=st.data(), window=st.booleans())
 def test_any_order_repetition_and_cut_of_clocked_versions_ends_the_same(data: st.DataObject, window: bool) -> None:
     """Corrections and corrections taken back, from the owner; another terminal's values in between."""
@@ -247,6 +248,7 @@ def test_any_order_repetition_and_cut_of_clocked_versions_ends_the_same(data: st
     assert calculator.archive == clean(rows)
 
 
+@settings(max_examples=30)
 @given(order=st.permutations(range(30)), cut=st.integers(1, 7), again=st.lists(st.integers(0, 29), max_size=10))
 def test_any_order_of_unclocked_bars_ends_the_same(order: list[int], cut: int, again: list[int]) -> None:
     rows = walk(30)
