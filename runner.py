@@ -134,7 +134,6 @@ def _asking(commands: Any) -> None:
     tail.add_argument("--timeframe", metavar="TF", help="of this timeframe only")
     tail.add_argument("--limit", type=count, metavar="N", help="end after N signals")
 
-
     gaps = _command(
         commands, "gaps", "commands.gaps:gaps", "what is missing of the archived candles and why", json=True
     )
@@ -164,6 +163,24 @@ def _mending(commands: Any) -> None:
     topology = _command(commands, "topology", "commands.topology:show", text, json=True)
     actions = topology.add_subparsers(metavar="ACTION", parser_class=Parser)
     _command(actions, "apply", "commands.topology:apply", "make the server hold what is wanted", json=True)
+
+    clock = _groups(commands, "clock", "brokers' clocks: show, set, restate")
+    shown = _command(clock, "show", "commands.clock:show", "what is known of each source's clock, and how", json=True)
+    shown.add_argument("source", metavar="SOURCE", nargs="?", help="this source's ledger in full")
+    said = _command(clock, "set", "commands.clock:set_rule", "say how a source's clock goes", json=True)
+    said.add_argument("source", metavar="SOURCE", help="the broker's server as payloads name it; '' for none")
+    said.add_argument("rule", metavar="RULE", help="Europe/Athens, new_york+7, +02:00, or auto to take it back")
+    said.add_argument("--from", dest="start", metavar="TIME", help="from this UTC time on (default: always)")
+    said.add_argument("--reason", metavar="TEXT", help="why; it is kept and shown")
+    moved = _command(
+        clock, "restate", "commands.clock_restate:restate", "move archived bars to where the clock says they belong", json=True
+    )
+    moved.add_argument("source", metavar="SOURCE", help="the broker's server as payloads name it; '' for none")
+    moved.add_argument("--from", dest="start", metavar="TIME", help="bars stored at this UTC time or later")
+    moved.add_argument("--to", metavar="TIME", help="bars stored at this UTC time or earlier")
+    moved.add_argument("--symbol", metavar="S", help="of this symbol only")
+    moved.add_argument("--timeframe", metavar="TF", help="of this timeframe only")
+    moved.add_argument("--dry-run", action="store_true", help="show what would change, and change nothing")
 
     series = _groups(commands, "series", "the series of candles: rename")
     rename = _command(

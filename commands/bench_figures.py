@@ -92,7 +92,7 @@ def alone(name: str, what: str, unit: str, ours: Sequence[float], promise: Promi
         what=what,
         unit=unit,
         ours=median(ours),
-        quartiles=quartiles(ours),
+        quartiles=quartiles(ours) if len(ours) > 1 else None,
         rounds=len(ours),
         promise=promise,
     )
@@ -138,7 +138,7 @@ def table(figures: Sequence[Figure]) -> Iterator[tuple[Any, ...]]:
 
 def verdict(figure: Figure) -> str:
     if figure.promise is None:
-        return ""
+        return figure.why_not
     return {True: "holds", False: "MISSED", None: "not measured"}[figure.holds]
 
 

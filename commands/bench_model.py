@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import cache
+from hashlib import sha256
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -15,10 +16,10 @@ from actors.core.forest import CalibratedForest, to_onnx
 from actors.core.inputs import SCALE_FREE_V1, FeatureColumns
 from actors.core.manifest import ONNX_FILE, Manifest, ModelFile, version_name
 from actors.core.market import INSTRUMENTS, Market
+from actors.core.series import SeriesState, append, origin
 from actors.core.serving import ServedModel
-from actors.core.series import SeriesState, append
 from bus.topology import model_name
-from schema.messages import Candle, FeatureRow
+from schema.messages import Candle, CandleBlock, FeatureRow
 
 TREES: Final = 200
 DEPTH: Final = 8
@@ -32,6 +33,7 @@ class Served(NamedTuple):
     """One version in every form that a benchmark asks."""
 
     forest: RandomForestClassifier
+    calibrated: CalibratedForest
     model: ServedModel
     manifest: bytes
     graph: bytes
@@ -43,7 +45,13 @@ def candles(count: int, *, seed: int = 7) -> list[Candle]:
 
 
 def features(bars: Sequence[Candle]) -> list[FeatureRow]:
-    return append(SeriesState(INSTRUMENTS[0].symbol, TIMEFRAME), bars).rows
+    """A new series' rows."""
+    return append(SeriesState(INSTRUMENTS[0].symbol, TIMEFRAME), bars, origin(block(bars), 1)).rows
+
+
+def block(bars: Sequence[Candle]) -> CandleBlock:
+    """Bars as the log holds them."""
+    return CandleBlock(symbol=INSTRUMENTS[0].symbol, timeframe=TIMEFRAME, rows=tuple(bars), received_at=STARTS)
 
 
 @cache
@@ -72,9 +80,8 @@ def served(symbol: str) -> Served:
     )
     x, _ = SCALE_FREE_V1.of_columns(columns)
     forest = fit(x, up.astype(np.int64))
-    graph = to_onnx(CalibratedForest(forest, 4.0, -2.0, SCALE_FREE_V1.inputs))
-    from hashlib import sha256
-
+    calibrated = CalibratedForest(forest, 4.0, -2.0, SCALE_FREE_V1.inputs)
+    graph = to_onnx(calibrated)
     now = datetime.now(UTC)
     manifest = Manifest(
         name=model_name(TIMEFRAME),
@@ -92,7 +99,7 @@ def served(symbol: str) -> Served:
         expires_at=datetime(9000, 1, 1, tzinfo=UTC),
         threshold=0.55,
     )
-    return Served(forest, ServedModel(manifest, graph), msgspec.json.encode(manifest), graph)
+    return Served(forest, calibrated, ServedModel(manifest, graph), msgspec.json.encode(manifest), graph)
 
 
 def on_columns(names: Sequence[str]) -> RandomForestClassifier:

@@ -83,10 +83,12 @@ def _detail(report: GapReport) -> None:
         say(f"{report.symbol} {report.timeframe}: {report.bars:,} bars, none is missing.")
         return
     shown = report.gaps[-SHOWN:]
-    rows = [
-        (gap.kind, gap.name, f"{gap.from_:%Y-%m-%d %H:%M}", f"{gap.to:%Y-%m-%d %H:%M}", gap.count) for gap in shown
-    ]
+    rows = [(gap.kind, gap.name, f"{gap.from_:%Y-%m-%d %H:%M}", f"{gap.to:%Y-%m-%d %H:%M}", gap.count) for gap in shown]
     write_table(("class", "name", "from (UTC)", "to", "bars"), rows)
-    left = f" (the newest {len(shown)} of {len(report.gaps)} gaps; --json has all)" if len(shown) < len(report.gaps) else ""
+    left = (
+        f" (the newest {len(shown)} of {len(report.gaps)} gaps; --json has all)"
+        if len(shown) < len(report.gaps)
+        else ""
+    )
     counts = ", ".join(f"{kind} {count:,}" for kind, count in report.missing.items())
     say(f"{report.symbol} {report.timeframe}: {report.bars:,} bars; missing: {counts}{left}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 from collections.abc import AsyncIterator
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import aiohttp
@@ -20,6 +21,29 @@ from schema.settings import Gateway, Nats, Settings
 from tests.builders import read_until, running
 
 HEADERS = {"Content-Type": "application/json"}
+START = 1_735_776_000  # 2025-01-02T00:00:00Z
+
+
+def walk(count: int, *, seed: int = 1, start: int = START, step: int = 60) -> list[Candle]:
+    """Bars that kept fixtures are made of: the same for ever, and a shorter walk is the start of a longer one."""
+    rng = random.Random(seed)
+    out, price = [], 110_000
+    for i in range(count):
+        close = price + rng.randint(-15, 15)
+        high, low = max(price, close) + rng.randint(0, 8), min(price, close) - rng.randint(0, 8)
+        out.append(
+            Candle(
+                ts=datetime.fromtimestamp(start + i * step, UTC),
+                open=price / 100_000,
+                high=high / 100_000,
+                low=low / 100_000,
+                close=close / 100_000,
+                volume=float(rng.randint(1, 200)),
+                spread=float(rng.randint(1, 20)),
+            )
+        )
+        price = close
+    return out
 
 
 @contextlib.asynccontextmanager

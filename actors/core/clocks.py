@@ -254,7 +254,7 @@ class Clocks:
         return Conversion(
             line,
             grid=grid,
-            now=gmt_time if offset is not None else None,
+            now=server_time - offset if server_time is not None and offset is not None else None,
             ts_source=line.kind_at(line.to_utc(newest)),
             alerts=told,
         )

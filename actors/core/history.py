@@ -83,9 +83,7 @@ class History:
 
     def restore(self, row: Candle, revision: int, live: bool, source: str | None, ts_source: str, seq: int) -> None:
         """Takes a bar as the archive holds it, later than all before."""
-        self._insert(
-            len(self.ts), row, Origin(source or ANONYMOUS, None, False, live, ts_source, seq), revision
-        )
+        self._insert(len(self.ts), row, Origin(source or ANONYMOUS, None, False, live, ts_source, seq), revision)
 
     def apply(self, block: CandleBlock, seq: int, priority: Sequence[str]) -> int | None:
         """Takes a message of the log; returns the smallest index from which rows change, None if nothing changed.
@@ -206,9 +204,7 @@ class History:
         bars_before = features.bars
         ts: Ints = np.frombuffer(self.ts, np.int64)
         close = self._column(3, 0, size)
-        earlier, labels = forward_returns(
-            ts, close, features.times, newest_closes(features, len(features.times)), span
-        )
+        earlier, labels = forward_returns(ts, close, features.times, newest_closes(features, len(features.times)), span)
         change = Change()
         before = max(changed - FORWARD_BARS, 0)
         if changed < FORWARD_BARS:
@@ -228,7 +224,11 @@ class History:
             if lo < stop:
                 part = Columns(*(getattr(columns, name)[lo - start :] for name in Columns.__struct_fields__))
                 change.rows += make_rows(
-                    [self.row(at) for at in range(lo, stop)], part, labels[lo:stop], bars_before + lo, self._shown(lo, stop)
+                    [self.row(at) for at in range(lo, stop)],
+                    part,
+                    labels[lo:stop],
+                    bars_before + lo,
+                    self._shown(lo, stop),
                 )
                 if checkpoints is not None and features.bars % CHECKPOINT_EVERY == 0:
                     point = Checkpoint(features, self.seq, min(self.arrived[stop:], default=self.seq + 1), self.owner)

@@ -176,9 +176,7 @@ def block_id(symbol: str, timeframe: str, rows: Iterable[Candle], server_time: i
     h = blake2b(f"{symbol}\0{timeframe}\0{server_time}".encode(), digest_size=16)
     for r in rows:
         h.update(
-            struct.pack(
-                "<8d", r.ts.timestamp(), r.open, r.high, r.low, r.close, r.volume, r.spread, r.real_volume
-            )
+            struct.pack("<8d", r.ts.timestamp(), r.open, r.high, r.low, r.close, r.volume, r.spread, r.real_volume)
         )
     return h.hexdigest()
 

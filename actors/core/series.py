@@ -311,7 +311,18 @@ def make_rows(
             source=source or None,
             ts_source=ts_source,
         )
-        for bar, (row, rsi, macd, signal, hist, atr, ma60, ret, label, (revision, live, source, ts_source)) in enumerate(
+        for bar, (
+            row,
+            rsi,
+            macd,
+            signal,
+            hist,
+            atr,
+            ma60,
+            ret,
+            label,
+            (revision, live, source, ts_source),
+        ) in enumerate(
             zip(
                 rows,
                 columns.rsi,

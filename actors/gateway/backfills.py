@@ -174,8 +174,13 @@ class Backfills:
         head = calendar.head
         if head is not None:
             watch.newest = watch.run = head
+            before, watch.losses = watch.losses, []
             for hole in past.holes:
                 self._lost(watch, calendar, hole)
+            for loss in watch.losses:
+                for old in before:
+                    if old.first <= loss.last and loss.first <= old.last:
+                        loss.asks, loss.due = old.asks, old.due
         for times in (past.tail, pending):
             self._take(series, watch, sorted(times), None, live=True)
 
@@ -185,10 +190,13 @@ class Backfills:
         step = SECONDS[series[1]]
         calendar = self._calendars.get(series)
         if calendar is None:
-            # Without a calendar only the newest bar is kept; a hole is worth reading the series' past.
-            holes = live and any(b - a > step for a, b in pairwise((watch.newest, *times)))
+            # Without a calendar only the newest bar is kept. A hole that no weekend explains is worth reading the past.
+            holes = [(a, b) for a, b in pairwise((watch.newest, *times)) if live and b - a > step]
+            answered = any(loss.first <= ts <= loss.last for loss in watch.losses for ts in times)
             watch.newest = max(watch.newest, times[-1])
-            if holes:
+            if answered or any(
+                gap.kind == "transport loss" for hole in holes for gap in classify(Calendar(series[1]), *hole)
+            ):
                 self._want(series, watch)
             return
         self._calendars.move_to_end(series)
@@ -215,7 +223,8 @@ class Backfills:
         oldest = hole[1] - REACH * calendar.step
         for gap in classify(calendar, *hole):
             first, last = int(gap.from_.timestamp()), int(gap.to.timestamp())
-            if gap.kind == "transport loss" and last >= oldest:
+            in_vain = any(a <= first and last <= b for a, b in watch.given_up)
+            if gap.kind == "transport loss" and last >= oldest and not in_vain:
                 first += max(0, -(-(oldest - first) // calendar.step)) * calendar.step
                 watch.losses.append(Loss(first, last))
         del watch.losses[:-OUTSTANDING]

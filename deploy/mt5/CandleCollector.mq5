@@ -1209,7 +1209,7 @@ void LoadState()
             continue;
          int at = AddSeries(parts[0], parts[1]);
          g_series[at].last = (datetime)StringToInteger(parts[2]);
-         g_series[at].history = (parts[3] == "1");
+         g_series[at].history = (StringSubstr(parts[3], 0, 1) == "1");
         }
    FileClose(handle);
   }

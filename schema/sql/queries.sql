@@ -365,3 +365,26 @@ FROM trainset WHERE timeframe = $1 GROUP BY symbol ORDER BY symbol;
 SELECT ts, close, volume, spread, rsi, macd, macd_signal, macd_hist, atr, ma60, ret_1, fwd_ret_5
 FROM trainset WHERE timeframe = $1 AND symbol = $2 AND ts < $3
 ORDER BY ts DESC LIMIT $4;
+
+-- --- clock restatements ---------------------------------------------------------------------------------------------
+
+-- name: clock_series
+-- source or null; every series that the source has bars in, replaced and withdrawn ones included
+SELECT symbol, timeframe, min(ts) AS first_ts, max(ts) AS last_ts
+FROM (
+    SELECT symbol, timeframe, ts FROM market_data WHERE source IS NOT DISTINCT FROM $1::text
+    UNION ALL
+    SELECT symbol, timeframe, ts FROM candle_revisions WHERE source IS NOT DISTINCT FROM $1::text
+) AS versions
+GROUP BY symbol, timeframe ORDER BY symbol, timeframe;
+
+-- name: clock_versions
+-- symbol, timeframe, source or null, from, to (exclusive); every version of the source's bars, ascending
+SELECT ts, received_at, ts_source, true AS current, open, high, low, close, volume, spread, real_volume
+FROM market_data
+WHERE symbol = $1 AND timeframe = $2 AND source IS NOT DISTINCT FROM $3::text AND ts >= $4 AND ts < $5
+UNION ALL
+SELECT ts, received_at, ts_source, false, open, high, low, close, volume, spread, real_volume
+FROM candle_revisions
+WHERE symbol = $1 AND timeframe = $2 AND source IS NOT DISTINCT FROM $3::text AND ts >= $4 AND ts < $5
+ORDER BY ts;

@@ -7,7 +7,7 @@ import functools
 import itertools
 import tempfile
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,10 +29,10 @@ from bus.subjects import MODELS
 from deploy.embedded import PostgresServer
 from deploy.server import free_port
 from schema.messages import IngestAnswer
-from schema.settings import Features as FeaturesSettings
 from schema.settings import Gateway, Settings
 from schema.settings import Recorder as RecorderSettings
 from tests import hostile, models
+from tests.archive import QUERIES, Archive, Table, bits, pass_through, read_archive
 from tests.builders import read_until, running
 from tests.hostile import KINDS, Feed, Kind, Post
 from tests.servers import OPERATOR, cloned_database, nats_server
@@ -40,36 +40,8 @@ from tests.servers import OPERATOR, cloned_database, nats_server
 SEEDS_A_RUN: Final = 25
 CI_SEEDS: Final = 200
 TORTURE_SEEDS: Final = 2_000
+PATIENCE: Final = 20.0  # seconds that the archive may take to become what was sent
 QUIET: Final = 0.5  # seconds that bars before a series' first wait for more of them: ten in service
-PATIENCE: Final = 20.0
-SENTINEL: Final = "SENTINEL"
-
-CANDLE: Final = ("open", "high", "low", "close", "volume", "spread", "real_volume")
-FEATURE: Final = (
-    "close",
-    "volume",
-    "spread",
-    "rsi",
-    "macd",
-    "macd_signal",
-    "macd_hist",
-    "atr",
-    "ma60",
-    "ret_1",
-    "fwd_ret_5",
-    "ready",
-    "bar",
-)
-SIGNAL: Final = ("prob_up", "label", "abstain", "features_hash", "model_version")
-QUERIES: Final[Mapping[str, str]] = {
-    "market_data": f"SELECT symbol, timeframe, ts, {', '.join(CANDLE)} FROM market_data",
-    "features": f"SELECT symbol, timeframe, ts, {', '.join(FEATURE)} FROM features",
-    "model_signals": f"SELECT symbol, timeframe, ts, {', '.join(SIGNAL)} FROM model_signals WHERE superseded_at IS NULL",
-}
-
-Key = tuple[str, str, datetime]
-Table = dict[Key, list[tuple[Any, ...]]]
-Archive = dict[str, Table]
 
 
 @dataclass(frozen=True)
@@ -111,7 +83,6 @@ def stage(postgres: PostgresServer, pg_template: str, server_folder: Path) -> St
 def _settings(feeds: Sequence[Feed], port: int) -> Settings:
     symbols = {name: symbol for feed in feeds for name, symbol in feed.symbols.items()}
     clocks = {name: {"rule": rule} for feed in feeds for name, rule in feed.clocks.items()}
-    known = Settings.__struct_fields__
     tree: dict[str, Any] = {
         "gateway": msgspec.to_builtins(Gateway(port=port)),
         "recorder": msgspec.to_builtins(RecorderSettings(linger=0.02)),
@@ -119,9 +90,6 @@ def _settings(feeds: Sequence[Feed], port: int) -> Settings:
         "symbols": msgspec.to_builtins(symbols),
         "clock": clocks,
     }
-    tree = {k: v for k, v in tree.items() if k in known}
-    if "quiet_seconds" not in FeaturesSettings.__struct_fields__:
-        tree.pop("features")
     return msgspec.convert(tree, Settings)
 
 
@@ -171,17 +139,16 @@ async def _send(url: str, posts: Sequence[Post], senders: int) -> None:
 async def _settled(url: str, database: str, feeds: Sequence[Feed]) -> Archive:
     """The archive once nothing is on its way any more.
 
-    Streams are worked off in order: when a bar that was sent last has its signal in the archive, so has all before it.
-    Only bars before a series' first are taken in later: they are what market_data may lack until the patience ends.
+    Only bars before a series' first are taken in later than sent: market_data may lack them until the patience ends.
     """
     truth = _truth(feeds)
-    deadline = time.monotonic() + PATIENCE
     connection = await asyncpg.connect(database)
     try:
-        whole = False
+        whole, deadline = False, float("inf")
         for number in itertools.count():
-            await _pass_through(url, connection, number)
-            archive = {table: await _table(connection, query) for table, query in QUERIES.items()}
+            await pass_through(url, connection, number)
+            deadline = min(deadline, time.monotonic() + PATIENCE)
+            archive = await read_archive(connection)
             if whole or time.monotonic() > deadline:
                 return archive
             # The rows may have come between the signal and the reading: one more pass brings what they made.
@@ -192,42 +159,10 @@ async def _settled(url: str, database: str, feeds: Sequence[Feed]) -> Archive:
         await connection.close()
 
 
-async def _pass_through(url: str, connection: Any, number: int) -> None:
-    """Sends one bar of a series of its own and waits until the archive has its signal."""
-    ts = 1_700_000_040 + 60 * number
-    price = {"open": 1.1, "high": 1.1, "low": 1.1, "close": 1.1, "volume": 1}
-    async with aiohttp.ClientSession() as http:
-        async with http.post(url, json={"ts": ts, "symbol": SENTINEL, "timeframe": "M1"} | price) as response:
-            assert response.status == 200, await response.text()
-    arrived = (
-        "SELECT (SELECT count(*) FROM model_signals WHERE symbol = $1) > $2"
-        " AND (SELECT count(*) FROM features WHERE symbol = $1) > $2"
-    )
-    deadline = time.monotonic() + PATIENCE
-    while not await connection.fetchval(arrived, SENTINEL, number):
-        assert time.monotonic() < deadline, "a bar's signal never reached the archive"
-        await asyncio.sleep(0.02)
-
-
-async def _table(connection: Any, query: str) -> Table:
-    """Rows by series and time; floats as their bits, so that equal means identical."""
-    rows: Table = {}
-    for symbol, timeframe, ts, *values in await connection.fetch(query):
-        if symbol != SENTINEL:
-            rows.setdefault((symbol, timeframe, ts), []).append(tuple(map(_bits, values)))
-    for values in rows.values():
-        values.sort(key=repr)
-    return rows
-
-
-def _bits(value: Any) -> Any:
-    return value.hex() if isinstance(value, float) else value
-
-
 def _truth(feeds: Sequence[Feed]) -> Table:
     """What market_data must hold, from the generator itself."""
     return {
-        (*one.key, datetime.fromtimestamp(bar.ts, UTC)): [tuple(map(_bits, (*bar.truth, 0.0)))]
+        (*one.key, datetime.fromtimestamp(bar.ts, UTC)): [tuple(map(bits, (*bar.truth, 0.0)))]
         for feed in feeds
         for one in feed.series
         for bar in one.bars

@@ -18,6 +18,7 @@ from msgspec import inspect
 from bus.subjects import CANDLES, CHANNELS, FEATURES, FORMING, MODELS, REJECTS, SIGNALS, decode_token, encode_token
 from schema import messages
 from schema.messages import (
+    Alert,
     Backfill,
     Candle,
     CandleBlock,
@@ -33,6 +34,7 @@ from schema.messages import (
     RejectedCandle,
     Signal,
     SignalList,
+    Withdrawn,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -64,6 +66,14 @@ FEATURE_ROW = FeatureRow(
     bar=300,
     ready=True,
     revision=2,
+)
+REPLACING_ROW = msgspec.structs.replace(
+    FEATURE_ROW,
+    live=False,
+    replaces="0f1e2d3c4b5a69788796a5b4c3d2e1f0",
+    replaces_seq=4_700,
+    source="Broker-Demo",
+    ts_source="rule",
 )
 BARE_FEATURE_ROW = FeatureRow(ts=T1, open=1.0, high=1.0, low=1.0, close=1.0, volume=0.0, spread=0.0)
 SIGNAL = Signal(
@@ -103,6 +113,19 @@ WIRE: dict[str, Message] = {
         ts_source="server",
     ),
     "candles.v1.bare": CandleBlock(symbol="EURUSD", timeframe="M1", rows=(BARE_CANDLE,), received_at=RECEIVED),
+    "candles.v2": CandleBlock(
+        symbol="EURUSD.m",
+        timeframe="M1",
+        rows=(CANDLE, BARE_CANDLE),
+        received_at=RECEIVED,
+        history=True,
+        replay=True,
+        now=T1,
+        source="Broker-Demo",
+        server_time=1_739_417_700,
+        ts_source="rule",
+        withdrawn=(T0, T1),
+    ),
     "features.v1": FeatureBlock(
         symbol="EURUSD.m",
         timeframe="M1",
@@ -121,6 +144,22 @@ WIRE: dict[str, Message] = {
     "features.v1.bare": FeatureBlock(
         symbol="EURUSD", timeframe="M1", candles_seq=1, rows=(BARE_FEATURE_ROW,), received_at=RECEIVED
     ),
+    "features.v2": FeatureBlock(
+        symbol="EURUSD.m",
+        timeframe="M1",
+        candles_seq=4_711,
+        rows=(REPLACING_ROW, BARE_FEATURE_ROW),
+        received_at=RECEIVED,
+        fills=(Fill(ts=T0, fwd_ret_5=-0.00012), Fill(ts=T1, fwd_ret_5=None)),
+        part=2,
+        parts=3,
+        history=True,
+        replay=True,
+        now=T1,
+        source="Broker-Demo",
+        ts_source="rule",
+        withdrawn=(Withdrawn(ts=T1, revision=3),),
+    ),
     "signals.v1": SIGNAL,
     "signals.v1.bare": ABSTAINING,
     "forming.v1": FormingCandle(symbol="EURUSD.m", timeframe="M1", candle=CANDLE, received_at=RECEIVED),
@@ -136,6 +175,15 @@ WIRE: dict[str, Message] = {
         by="emitter",
     ),
     "models.v1.bare": ModelEvent(event="registered", model_name="rf_m1", version="v", timeframe="M1", at=RECEIVED),
+    "alerts.v1": Alert(
+        severity="warning",
+        check="clock",
+        message="The offset of Broker-Demo is inferred.",
+        at=RECEIVED,
+        source="Broker-Demo",
+        details={"offset": 7_200, "weeks": 8},
+    ),
+    "alerts.v1.bare": Alert(severity="info", check="clock", message="The clock agrees.", at=RECEIVED),
     "rejects.v1": Reject(
         where="candles",
         reason="high 1.0 is below open 1.2",
@@ -298,6 +346,7 @@ def test_subjects_and_streams_are_the_contracts() -> None:
         "signals": ("SIGNALS", 2),
         "forming": (None, 2),
         "models": ("EVENTS", 1),
+        "alerts": ("EVENTS", 2),
         "rejects": ("REJECTS", 1),
     }
     assert CANDLES.subject("H1", "US30.m") == "candles.H1.US30%2Em"

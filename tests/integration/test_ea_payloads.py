@@ -18,15 +18,13 @@ import pytest
 from bus.client import Bus
 from deploy.embedded import NatsServer
 from schema.messages import Candle
-from tests.builders import walk
 from tests.conftest import missing
 from tests.mql5 import host
 from tests.mql5.host import PERIODS, Ea
-from tests.terminals import archive, front, gateway, post, stored
+from tests.terminals import START, archive, front, gateway, post, stored, walk
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "ea"
 WRITE = os.environ.get("WRITE_EA_FIXTURES") == "1"
-START = 1_735_776_000  # 2025-01-02T00:00:00Z
 OFFSET = 7_200
 
 
@@ -146,7 +144,7 @@ async def test_history_live_resend_and_correction(bus: Bus, nats_url: str) -> No
         (False, "Broker-Demo", "server")
     ] * 2
     rows = [row for b in blocks for row in b.rows]
-    assert rows[:21] == walk(23, seed=5)[:21]
+    assert rows[:21] == walk(21, seed=5)
     assert rows[21].ts == rows[20].ts
     assert rows[21] != rows[20]
 
@@ -167,7 +165,7 @@ async def test_halves_hold_what_the_whole_held(bus: Bus, nats_url: str) -> None:
         assert (status, set(body)) == (413, {"error"})
         assert await told(url, "split_first") == answer(received=10, accepted=10)
         assert await told(url, "split_second") == answer(received=10, accepted=10)
-        assert [row for b in await stored(bus) for row in b.rows] == walk(21, seed=7)[:20]
+        assert [row for b in await stored(bus) for row in b.rows] == walk(20, seed=7)
 
 
 async def test_broker_time_before_and_after_its_daylight_saving(bus: Bus, nats_url: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -190,7 +191,7 @@ def test_long_bars_over_four_years(rule: str, timeframe: str) -> None:
             opened.append((at, step))
     conversion = Conversion(by_rule(rule))
     lengths: dict[int, int] = {}
-    for (at, server), (following, _) in zip(opened, opened[1:], strict=False):
+    for (at, server), (following, _) in pairwise(opened):
         assert conversion.to_utc(server, timeframe) == at
         assert conversion.on_grid(server, timeframe)
         assert not conversion.on_grid(server + HOUR, timeframe)

@@ -25,13 +25,12 @@ from deploy.mt5 import terminal_collector
 from deploy.mt5.terminal_collector import Answer, Collector, Gateway, Queue, Settings, arguments, bar_end, split
 from deploy.server import free_port
 from schema.messages import Candle
-from tests.builders import read_until, walk
+from tests.builders import read_until
 from tests.mql5.package import Mt5
-from tests.terminals import archive, front, gateway, stored
+from tests.terminals import START, archive, front, gateway, stored, walk
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "deploy" / "mt5" / "terminal_collector.py"
-START = 1_735_776_000  # 2025-01-02T00:00:00Z
 
 
 class Recording(Gateway):
@@ -415,7 +414,7 @@ def test_two_collectors_do_not_share_a_queue(tmp_path: Path, mt5: Mt5, caplog: p
 async def test_ctrl_c_ends_it_cleanly(bus: Bus, nats_url: str, tmp_path: Path, number: signal.Signals) -> None:
     """The program itself, with a module named MetaTrader5 beside it."""
     (tmp_path / "MetaTrader5.py").write_text(
-        "from tests.builders import walk\nfrom tests.mql5.package import lively\n"
+        "from tests.terminals import walk\nfrom tests.mql5.package import lively\n"
         "_terminal = lively('EURUSD', walk(31))\n"
         "globals().update({n: getattr(_terminal, n) for n in dir(_terminal) if not n.startswith('_')})\n"
     )
