@@ -204,6 +204,7 @@ def _mending(commands: Any) -> None:
     bench = _command(commands, "bench", "commands.bench:bench", "run the benchmarks beside their peers", json=True)
     bench.add_argument("--quick", action="store_true", help="fewer rounds, rougher figures")
     bench.add_argument("names", nargs="*", metavar="NAME", help="run these benchmarks only")
+    bench.add_argument("--peers", metavar="DIR", help="the peers' folder (default: ../shared/peers beside the checkout)")
 
 
 def _groups(commands: Any, name: str, text: str) -> Any:

@@ -34,9 +34,11 @@ from actors.core.ingest import (
     read,
 )
 from actors.core.recent import RecentSignals
+from actors.core.sessions import ServerClock
 from actors.core.timeframe import from_epoch
 from actors.gateway.answers import Check
 from actors.gateway.auth import Guard, check_bind
+from actors.gateway.backfills import Backfills, Pasts
 from actors.gateway.body import decode_json, read_body
 from actors.gateway.broadcast import Broadcaster
 from actors.gateway.clocks import ClockKeeper
@@ -50,6 +52,7 @@ from bus.supervise import ConfigurationError, Context, run_tasks
 from bus.telemetry import TRACEPARENT, candles_total, child_traceparent, post_seconds, posts_total, series_gauge
 from schema.messages import (
     MAX_BLOCK_ROWS,
+    Backfill,
     Candle,
     CandleBlock,
     FormingCandle,
@@ -88,6 +91,9 @@ class Collector:
         url = self.ctx.database_url
         store = await Store.connect(url, size=self.ctx.settings.database.pool_size, name=self.name) if url else None
         self.clock = await ClockKeeper.open(self.bus, self.ctx.settings.clock, self.log)
+        self.backfills = Backfills(
+            Pasts(self.bus, store, self._clock_of).load, max_series=self.ctx.settings.features.max_series
+        )
         deps = GatewayDeps(
             settings=self.ctx.settings,
             guard=self.guard,
@@ -96,6 +102,8 @@ class Collector:
             ready=lambda: self.bus.connected,
             checks=self._checks,
             signals_after=self._signals_after,
+            clock_of=self._clock_of,
+            given_up=self.backfills.given_up,
         )
         app = gateway.application(deps)
         app.router.add_post("/ingest", self._ingest)
@@ -110,11 +118,21 @@ class Collector:
                     "end what listens there, or set MT5_GATEWAY_PORT."
                 ) from error
             self.ctx.ready()
-            await run_tasks({"collector-signals": self._follow_signals(), "collector-clock": self.clock.follow()})
+            await run_tasks(
+                {
+                    "collector-signals": self._follow_signals(),
+                    "collector-clock": self.clock.follow(),
+                    "collector-gaps": self.backfills.refresh(),
+                }
+            )
         finally:
             await runner.cleanup()
             if store is not None:
                 await store.close()
+
+    def _clock_of(self, source: str | None) -> ServerClock:
+        line = self.clock.clocks.line(source)
+        return ServerClock(line.to_server, line.to_utc)
 
     # --- POST /ingest ----------------------------------------------------------------------------------------------
 
@@ -142,6 +160,7 @@ class Collector:
                 await held.enter_async_context(self._locks.setdefault(key, asyncio.Lock()))
             try:
                 judged = await self._publish(request, payload, keys)
+                backfill = self._missing(payload, judged, keys)
             except BusUnavailable as error:
                 self.log.warning("candles not stored", action="ingest.unavailable", error=str(error))
                 raise unavailable(
@@ -164,6 +183,7 @@ class Collector:
             duplicates=judged.duplicates,
             forming=len(judged.forming),
             rejected=tuple(RejectedCandle(index=index, error=error) for index, error in judged.rejected),
+            backfill=tuple(backfill),
         )
         return answer(result, status=200 if accepted or judged.duplicates or judged.forming else 422)
 
@@ -223,6 +243,16 @@ class Collector:
                 bar.symbol,
             )
         return judged
+
+    def _missing(self, payload: Payload, judged: Judged, keys: Sequence[Key]) -> list[Backfill]:
+        """What to ask the terminal for; files and simulated markets have nothing more to give."""
+        now = time.time()
+        past = payload.history or payload.replay
+        out: list[Backfill] = []
+        for key in keys:
+            layers = judged.layers.get(key)
+            out += self.backfills.on_accepted(key, layers[0] if layers else (), now, history=past)
+        return [] if past else out
 
     async def _learn(self, keys: Iterable[Key]) -> None:
         """What the log says of series that memory does not know: its newest message holds the newest bars."""

@@ -53,7 +53,7 @@ class Effort:
 
 
 FULL: Final = Effort(core=15, series=5, chain=7, posts=300, history=5, bars=20_000, actors=5, count=500, starts=3)
-QUICK: Final = Effort(core=5, series=1, chain=2, posts=60, history=2, bars=5_000, actors=0, count=0, starts=1)
+QUICK: Final = Effort(core=3, series=1, chain=2, posts=40, history=2, bars=5_000, actors=0, count=0, starts=1)
 
 
 async def bench(args: argparse.Namespace) -> int:

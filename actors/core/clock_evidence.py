@@ -107,18 +107,20 @@ class Openings(Struct):
     """The first bars of weeks, in the sender's clock, of some series of one source."""
 
     by_series: dict[str, dict[int, int]] = {}
-    last: dict[str, int] = {}  # newest bar of each series followed
+    last: dict[tuple[str, str], int] = {}  # newest bar of each series followed
     fresh: bool = False  # something was added that nobody has judged yet
 
-    def note(self, series: str, times: Iterable[int], new_york: Steps) -> None:
+    def note(self, series: tuple[str, str], times: Iterable[int], new_york: Steps) -> None:
         """Takes bar times of a series, ascending."""
         previous = self.last.get(series)
         if previous is None and len(self.last) >= 4 * KEPT_SERIES:
             return
         for at in times:
-            if previous is not None and WEEKEND[0] <= at - previous <= WEEKEND[1]:
-                self._opening(series, at, new_york)
-            if previous is None or at > previous:
+            if previous is None:
+                previous = at
+            elif at > previous:
+                if WEEKEND[0] <= at - previous <= WEEKEND[1]:
+                    self._opening(" ".join(series), at, new_york)
                 previous = at
         if previous is not None:
             self.last[series] = previous

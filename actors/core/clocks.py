@@ -313,12 +313,13 @@ class Clocks:
         self, known: _Source, at: int, offset: int, now: float, alerts: list[ClockAlert]
     ) -> Timeline | None:
         """Takes an observation; returns a clock for this payload alone where the ledger does not take it."""
-        runs = known.runs()
+        runs = known.book.runs
         agreed = known.line.offset_at(at) == offset
         still = agreed and bool(runs) and runs[-1].origin == "fields" and runs[-1].offset == offset
         if still and 0 <= at - known.until <= SAVE_EVERY:  # the common case
             known.until, known.change = at, None
             return None
+        runs = known.runs()
         mine = tuple(run for run in runs if run.origin == "fields")  # they go over what was inferred before they came
         seen = ClockRun(since=at, until=at, offset=offset, origin="fields")
         explained = not mine or agreed or mine[-1].offset == offset or self._season(mine[-1], at, offset)
@@ -430,10 +431,9 @@ class Clocks:
     def _note_openings(self, known: _Source, series: Series) -> None:
         if known.book.family is not None:
             return
-        for (symbol, timeframe), times in series.items():
-            if times and SECONDS[timeframe] <= HOUR:
-                ordered = times if len(times) == 1 else sorted(times)
-                known.openings.note(f"{symbol} {timeframe}", ordered, self.zones(NEW_YORK))
+        for key, times in series.items():
+            if times and SECONDS[key[1]] <= HOUR:
+                known.openings.note(key, times if len(times) == 1 else sorted(times), self.zones(NEW_YORK))
 
     def _learn_family(self, known: _Source, now: float, alerts: list[ClockAlert]) -> None:
         book = known.book

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Final
 
-from actors.core.clock import ClockAlert, Conversion
+from actors.core.clock import LONDON, NEW_YORK, ClockAlert, Conversion
 from actors.core.clocks import REPLAYED, Clocks, Series, moment
 from bus.client import Bus, BusUnavailable
 from bus.ledger import LedgerChanged, Ledgers, zone_steps
@@ -39,6 +39,8 @@ class ClockKeeper:
             ConfigurationError: a rule cannot be read or names an unknown zone.
             BusUnavailable: NATS does not answer.
         """
+        for zone in (NEW_YORK, LONDON):  # their tables take a moment, which no payload should wait
+            await asyncio.to_thread(zone_steps, zone)
         ledgers = Ledgers(bus)
         found = await ledgers.load()
         try:

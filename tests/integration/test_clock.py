@@ -111,9 +111,11 @@ def _close(at: int) -> float:
 
 
 @asynccontextmanager
-async def gateway(nats_url: str, *actors: Any, database_url: str | None = None, **rules: Clock) -> AsyncIterator[Gate]:
+async def gateway(
+    nats_url: str, *actors: Any, database_url: str | None = None, rule: Clock | None = None
+) -> AsyncIterator[Gate]:
     port = free_port()
-    settings = Settings(gateway=Gateway(port=port), clock={BROKER: rule for rule in rules.values()})
+    settings = Settings(gateway=Gateway(port=port), clock={} if rule is None else {BROKER: rule})
     async with (
         running(Collector, *actors, nats_url=nats_url, database_url=database_url, settings=settings),
         aiohttp.ClientSession() as http,
@@ -150,7 +152,7 @@ async def test_bars_from_the_future_are_inferred_and_alerted(bus: Bus, nats_url:
         assert (answer["accepted"], answer["forming"]) == (1, 1)
     (block,) = await stored(bus, 1)
     assert (block.rows[0].ts.timestamp(), block.ts_source) == (now - 60, "inferred")
-    alerts = await read_until(bus, ALERTS, lambda found: bool(found), seconds=5)
+    alerts = await read_until(bus, ALERTS, bool, seconds=5)
     assert isinstance(alerts[0], Alert)
     assert (alerts[0].severity, alerts[0].check, alerts[0].source) == ("warning", "clock", BROKER)
     assert "+07:00" in alerts[0].message
@@ -161,12 +163,12 @@ async def test_a_senders_wrong_clock_is_alerted_unless_it_replays(bus: Bus, nats
     async with gateway(nats_url) as gate:
         await gate.post([minute(now) - 3 * HOUR], server_time=now - 7_000, gmt_time=now - 7_000, replay=True)
         await gate.post([minute(now) - 2 * HOUR], server_time=now - 400, gmt_time=now - 400)
-    alerts = await read_until(bus, ALERTS, lambda found: bool(found), seconds=5)
+    alerts = await read_until(bus, ALERTS, bool, seconds=5)
     assert [alert.details["kind"] for alert in alerts] == ["skew"]
 
 
 async def test_d1_and_h4_bars_of_a_broker_are_taken_and_others_are_off_the_grid(bus: Bus, nats_url: str) -> None:
-    async with gateway(nats_url, broker=Clock(rule="new_york+7")) as gate:
+    async with gateway(nats_url, rule=Clock(rule="new_york+7")) as gate:
         day = int(datetime(2025, 3, 10, tzinfo=UTC).timestamp())
         await gate.post([day - 86_400, day], timeframe="D1", history=True)
         answer = await gate.post([day + HOUR], timeframe="H4", history=True, ok=False)
@@ -200,7 +202,12 @@ class Mt5:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
-        out, err = await asyncio.wait_for(process.communicate(), 60)
+        try:
+            out, err = await asyncio.wait_for(process.communicate(), 60)
+        except asyncio.CancelledError:
+            process.kill()
+            await process.wait()
+            raise
         assert process.returncode is not None
         return process.returncode, out.decode(), err.decode()
 
@@ -352,15 +359,16 @@ async def test_a_restatement_that_was_interrupted_is_finished_by_the_next(
 ) -> None:
     """The first run is killed at some point on its way; bars were stored over by then."""
     mt5.database = pg_url
+    (mt5.home / "mt5.toml").write_text(f'[clock."{BROKER}"]\nrule = "+02:00"\n')
     start = int(datetime(2025, 7, 1, tzinfo=UTC).timestamp())
     times = [start + 60 * i for i in range(4_000)]
-    async with gateway(nats_url, Features, Recorder, database_url=pg_url, broker=Clock(rule="+02:00")) as gate:
+    async with gateway(nats_url, Features, Recorder, database_url=pg_url, rule=Clock(rule="+02:00")) as gate:
         await gate.post([at + HOUR for at in times], history=True)
         await until(lambda: _count(archive, len(times)), "the archive holds what was sent")
         assert (await mt5("clock", "set", BROKER, "utc+1"))[0] == 0
-        (last_before,) = [info.state.last_seq for info in [await bus.js.stream_info("CANDLES")]]
+        before = (await bus.js.stream_info("CANDLES")).state.last_seq
         run = asyncio.create_task(mt5("clock", "restate", BROKER))
-        await read_until(bus, CANDLES, lambda found: bool(found), start=last_before + 1)
+        await read_until(bus, CANDLES, bool, start=before + 1)
         run.cancel()
         await asyncio.gather(run, return_exceptions=True)
         code, _, err = await mt5("clock", "restate", BROKER)
@@ -393,5 +401,5 @@ async def test_restate_follows_the_rule_of_the_settings(bus: Bus, nats_url: str,
 
 async def test_a_rule_that_cannot_be_used_keeps_the_gateway_from_starting(bus: Bus, nats_url: str) -> None:
     with pytest.raises(Exception, match=r'Clock\."Broker-Demo"\.rule: there is no time zone "Mars/Base"'):
-        async with gateway(nats_url, broker=Clock(rule="Mars/Base")):
+        async with gateway(nats_url, rule=Clock(rule="Mars/Base")):
             pass
