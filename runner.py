@@ -173,7 +173,11 @@ def _mending(commands: Any) -> None:
     said.add_argument("--from", dest="start", metavar="TIME", help="from this UTC time on (default: always)")
     said.add_argument("--reason", metavar="TEXT", help="why; it is kept and shown")
     moved = _command(
-        clock, "restate", "commands.clock_restate:restate", "move archived bars to where the clock says they belong", json=True
+        clock,
+        "restate",
+        "commands.clock_restate:restate",
+        "move archived bars to where the clock says they belong",
+        json=True,
     )
     moved.add_argument("source", metavar="SOURCE", help="the broker's server as payloads name it; '' for none")
     moved.add_argument("--from", dest="start", metavar="TIME", help="bars stored at this UTC time or later")
@@ -204,7 +208,9 @@ def _mending(commands: Any) -> None:
     bench = _command(commands, "bench", "commands.bench:bench", "run the benchmarks beside their peers", json=True)
     bench.add_argument("--quick", action="store_true", help="fewer rounds, rougher figures")
     bench.add_argument("names", nargs="*", metavar="NAME", help="run these benchmarks only")
-    bench.add_argument("--peers", metavar="DIR", help="the peers' folder (default: ../shared/peers beside the checkout)")
+    bench.add_argument(
+        "--peers", metavar="DIR", help="the peers' folder (default: ../shared/peers beside the checkout)"
+    )
 
 
 def _groups(commands: Any, name: str, text: str) -> Any:

@@ -236,9 +236,7 @@ class Collector:
         for bar in judged.forming:
             await self.bus.emit(
                 FORMING,
-                FormingCandle(
-                    symbol=bar.symbol, timeframe=bar.timeframe, candle=bar.candle, received_at=received_at
-                ),
+                FormingCandle(symbol=bar.symbol, timeframe=bar.timeframe, candle=bar.candle, received_at=received_at),
                 bar.timeframe,
                 bar.symbol,
             )
@@ -402,9 +400,7 @@ def _blocks(
         )
 
 
-def _rejects(
-    payload: Payload, judged: Judged, received_at: datetime, headers: Mapping[str, str]
-) -> Iterable[Outgoing]:
+def _rejects(payload: Payload, judged: Judged, received_at: datetime, headers: Mapping[str, str]) -> Iterable[Outgoing]:
     """Rejected candles, whole and with their reasons, a bounded number to a message."""
     for start in range(0, len(judged.rejected), REJECTS_A_MESSAGE):
         part = judged.rejected[start : start + REJECTS_A_MESSAGE]

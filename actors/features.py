@@ -162,9 +162,7 @@ class Features:
         info = await self.bus.js.stream_info(str(CANDLES.stream), subjects_filter=CANDLES.wildcard)
         for subject in info.state.subjects or {}:
             if subject not in states:
-                message = await self.bus.js.get_msg(
-                    str(CANDLES.stream), seq=1, subject=subject, next=True, direct=True
-                )
+                message = await self.bus.js.get_msg(str(CANDLES.stream), seq=1, subject=subject, next=True, direct=True)
                 if int(message.seq or 0) <= cursor:
                     return subject
         return None
@@ -351,7 +349,9 @@ class Features:
             try:
                 await self._snapshot()
             except (NatsError, APIError) as error:
-                self.log.warning("snapshot put off", action="features.snapshot", error=f"{type(error).__name__}: {error}")
+                self.log.warning(
+                    "snapshot put off", action="features.snapshot", error=f"{type(error).__name__}: {error}"
+                )
 
     async def _snapshot(self) -> None:
         """Stores the state of every series that changed, then the cursor: a crash in between repeats some work."""

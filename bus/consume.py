@@ -229,7 +229,9 @@ class Reader(Generic[M]):
             self._queue.append(msg)
         elif status == "100":
             return
-        elif status in ("404", "408") or (status == "409" and "Batch Completed" in (headers or {}).get("Description", "")):
+        elif status in ("404", "408") or (
+            status == "409" and "Batch Completed" in (headers or {}).get("Description", "")
+        ):
             self._outstanding -= int((headers or {}).get("Nats-Pending-Messages") or self._batch)
         else:
             self._break(f"{status} {(headers or {}).get('Description', '')}")
@@ -320,7 +322,9 @@ async def park(
     log.error("parked", action="consume.parked", where=where, subject=subject, reason=reason)
     while True:
         try:
-            await bus.publish(REJECTS, reject, where, msg_id=f"{where}:{hashlib.blake2b(data, digest_size=16).hexdigest()}")
+            await bus.publish(
+                REJECTS, reject, where, msg_id=f"{where}:{hashlib.blake2b(data, digest_size=16).hexdigest()}"
+            )
             return
         except BusUnavailable as error:
             log.warning("parking is tried again", action="consume.park_retry", error=str(error))

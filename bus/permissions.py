@@ -120,5 +120,3 @@ def users() -> list[User]:
         for name, publish in _PUBLISH.items()
     ]
     return [User(OPERATOR, (), ()), *actors]
-
-

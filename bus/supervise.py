@@ -97,7 +97,9 @@ async def run_tasks(tasks: Mapping[str, Coroutine[Any, Any, None]]) -> None:
         done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
-        raise RuntimeError(f"task {', '.join(sorted(t.get_name() for t in done))} ended although it should run for ever")
+        raise RuntimeError(
+            f"task {', '.join(sorted(t.get_name() for t in done))} ended although it should run for ever"
+        )
     finally:
         for task in running:
             task.cancel()

@@ -12,7 +12,24 @@ from aioprometheus.renderer import render as _render
 TRACEPARENT: Final = "traceparent"
 
 # POST to acknowledgement and candle to signal live between one and a few hundred milliseconds.
-LATENCY_BUCKETS: Final = [0.0005, 0.001, 0.002, 0.003, 0.005, 0.008, 0.013, 0.02, 0.035, 0.06, 0.1, 0.25, 0.5, 1, 2.5, 10]
+LATENCY_BUCKETS: Final = [
+    0.0005,
+    0.001,
+    0.002,
+    0.003,
+    0.005,
+    0.008,
+    0.013,
+    0.02,
+    0.035,
+    0.06,
+    0.1,
+    0.25,
+    0.5,
+    1,
+    2.5,
+    10,
+]
 
 REGISTRY: Final = Registry()
 

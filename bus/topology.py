@@ -82,7 +82,8 @@ def wanted(streams: Streams) -> list[StreamConfig]:
         _stream(
             str(MODELS.stream),
             # Each model by name: models.promote and models.rollback are requests, which a stream must not answer.
-            [MODELS.subject(model_name(timeframe)) for timeframe in TIMEFRAMES] + ["alerts.>", "backups.>", "outcomes.>"],
+            [MODELS.subject(model_name(timeframe)) for timeframe in TIMEFRAMES]
+            + ["alerts.>", "backups.>", "outcomes.>"],
             max_age=streams.events_max_age,
             max_bytes=streams.derived_max_bytes,
         ),

@@ -16,6 +16,7 @@ from typing import Any, Final, get_args, get_origin
 import msgspec
 from msgspec import inspect
 
+from schema.clock import parse_rule
 from schema.settings import ALIASES, SECRETS, Section, Settings
 from schema.timeframes import canonical
 
@@ -356,6 +357,13 @@ def _rules(settings: Settings) -> list[str]:
             problems.append(f'trainer.timeframes has "{name}", which is no timeframe: {known}')
     if settings.trainer.schedule is not None and not _SCHEDULE.fullmatch(settings.trainer.schedule):
         problems.append(f'trainer.schedule must be "HH:MM" or "Sat HH:MM", not "{settings.trainer.schedule}".')
+    for source, clock in settings.clock.items():
+        for name, rule in (("rule", clock.rule), ("grid", clock.grid)):
+            try:
+                if rule is not None:
+                    parse_rule(rule)
+            except ValueError as error:
+                problems.append(f'clock."{source}".{name}: {error}.')
     if not settings.home:
         problems.append("home must name a folder.")
     urls = {

@@ -53,7 +53,7 @@ def data() -> Path:
 def server_folder() -> Iterator[Path]:
     # In memory where there is room: every acknowledged candle is synced, and a disk would make that most of a run.
     # What a disk does to it is for the benchmarks and the tortures to tell.
-    memory = Path("/dev/shm")  # noqa: S108
+    memory = Path("/dev/shm")
     roomy = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 4 * 1024**3
     folder = Path(tempfile.mkdtemp(prefix="mt5-tests-", dir=memory if roomy else None))
     folder.chmod(0o755)

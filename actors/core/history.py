@@ -66,9 +66,6 @@ class History:
     def _number(self, name: str) -> int:
         return self._names.setdefault(name, len(self._names))
 
-    def _name(self, number: int) -> str:
-        return list(self._names)[number]
-
     def row(self, at: int) -> Candle:
         o, h, lo, c, volume, spread, real = (column[at] for column in self.values)
         return Candle(
@@ -77,7 +74,10 @@ class History:
 
     def mark(self, at: int) -> Mark:
         clock = self.clock[at]
-        return Mark(digest(self.row(at)), None if clock < 0 else clock, self._name(self.source[at]))
+        names = list(self._names)
+        return Mark(
+            digest(self.row(at)), None if clock < 0 else clock, names[self.source[at]], names[self.ts_source[at]]
+        )
 
     # --- versions --------------------------------------------------------------------------------------------------
 
@@ -119,8 +119,11 @@ class History:
             at = bisect_left(self.ts, ts_)
             if at == len(self.ts) or self.ts[at] != ts_:
                 out.append(at)
-            elif effect(self.mark(at), digest(row), new, owner, self._former.get(ts_, ())) == "revised":
-                out.append(at)
+            else:
+                current = self.mark(at)
+                what = effect(current, digest(row), new, owner, self._former.get(ts_, ()))
+                if what == "revised" or (what == "confirmed" and new.ts_source != current.ts_source):
+                    out.append(at)
         return min(out, default=None)
 
     def _put(self, row: Candle, new: Origin) -> int | None:
@@ -141,7 +144,10 @@ class History:
         self.clock[at] = -1 if new.server_time is None else new.server_time
         self.source[at] = self._number(new.source)
         if what == "confirmed":
-            return None
+            if new.ts_source == current.ts_source:
+                return None
+            self.ts_source[at] = self._number(new.ts_source)  # a guessed time turned out right: its row says so
+            return at
         self._former.setdefault(ts, set()).add(current.digest)
         self.revision[at] += 1
         self.live[at] = self.live[at] or new.live

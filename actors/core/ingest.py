@@ -202,6 +202,9 @@ def read(body: bytes) -> Payload:
 
 
 def _payload(rows: Sequence[IngestCandle | str], envelope: Envelope, raw: Any) -> Payload:
+    source = envelope.source
+    if source is not None and (len(source.encode()) > SYMBOL_BYTES or not source.isprintable()):
+        raise PayloadError(f"source must be at most {SYMBOL_BYTES} printable bytes: name the broker's server.")
     return Payload(
         list(rows),
         raw,
@@ -344,9 +347,10 @@ def place(checked: Checked, clock: Conversion) -> Bar:
         ValueError: the bar lies off its timeframe's grid.
     """
     sent, timeframe = checked.sent, checked.timeframe
-    if not clock.on_grid(sent, timeframe):
+    placed = clock.bar(sent, timeframe)
+    if placed is None:
         raise ValueError(f"ts {from_epoch(sent):%Y-%m-%dT%H:%M:%SZ} is off the grid of {timeframe}")
-    ts = clock.to_utc(sent, timeframe)
+    ts, end = placed
     if ts < 0:
         raise ValueError("ts is before 1970")
     row = Candle(
@@ -359,7 +363,7 @@ def place(checked: Checked, clock: Conversion) -> Bar:
         spread=checked.spread,
         real_volume=checked.real_volume,
     )
-    return Bar(checked.index, checked.symbol, timeframe, ts, clock.end(sent, timeframe), row, checked.closed)
+    return Bar(checked.index, checked.symbol, timeframe, ts, end, row, checked.closed)
 
 
 def _jumps(candle: Candle, base: float) -> bool:

@@ -59,6 +59,7 @@ class Mark(NamedTuple):
     digest: int
     server_time: int | None
     source: str
+    ts_source: str = "utc"
 
 
 def own(owner: str | None, new: Origin, priority: Sequence[str]) -> str | None:
@@ -77,7 +78,7 @@ def own(owner: str | None, new: Origin, priority: Sequence[str]) -> str | None:
 def effect(current: Mark, mark: int, new: Origin, owner: str | None, former: Iterable[int]) -> str:
     """What a version does to a bar that exists: ``same``, ``confirmed``, ``stale``, ``foreign`` or ``revised``.
 
-    ``confirmed`` leaves the values but takes over clock and source.
+    ``confirmed`` leaves the values but takes over clock, source and the way in which its time became UTC.
     """
     if new.source != current.source:
         if owner is not None and new.source != owner:
@@ -167,9 +168,10 @@ def split(state: SeriesState, rows: Sequence[Candle], new: Origin) -> tuple[list
         mark = digest(row)
         if current is not None:
             what = effect(current, mark, new, state.owner, ())
-            if what == "confirmed":
-                state.recent[ts] = Mark(mark, new.server_time, new.source)
-            if what in ("same", "stale", "foreign", "confirmed"):
+            if what == "confirmed" and new.ts_source == current.ts_source:
+                state.recent[ts] = Mark(mark, new.server_time, new.source, new.ts_source)
+                continue
+            if what in ("same", "stale", "foreign"):
                 continue
         older.append(row)
     return fresh, older
@@ -183,7 +185,7 @@ def append(state: SeriesState, rows: Sequence[Candle], new: Origin) -> Change:
     if state.first_ts is None:
         state.first_ts = epoch(rows[0])
     for row in rows[-RECENT:]:
-        state.remember(epoch(row), Mark(digest(row), new.server_time, new.source))
+        state.remember(epoch(row), Mark(digest(row), new.server_time, new.source, new.ts_source))
     at = 0
     while at < len(rows):
         room = CHECKPOINT_EVERY - state.features.bars % CHECKPOINT_EVERY

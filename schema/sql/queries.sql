@@ -59,9 +59,9 @@ ON CONFLICT (symbol, timeframe, ts) DO UPDATE SET
     revision = excluded.revision, source = excluded.source, ts_source = excluded.ts_source,
     received_at = excluded.received_at, candles_seq = excluded.candles_seq, live = excluded.live
 WHERE m.candles_seq <= excluded.candles_seq
-    AND (m.open, m.high, m.low, m.close, m.volume, m.spread, m.real_volume, m.revision) IS DISTINCT FROM
+    AND (m.open, m.high, m.low, m.close, m.volume, m.spread, m.real_volume, m.revision, m.ts_source) IS DISTINCT FROM
         (excluded.open, excluded.high, excluded.low, excluded.close, excluded.volume, excluded.spread,
-         excluded.real_volume, excluded.revision);
+         excluded.real_volume, excluded.revision, excluded.ts_source);
 
 -- A newer sequence is written even over equal values: otherwise a repeat of what came between could bring old values
 -- back. The label goes by its own sequence (fwd_seq); at the same sequence null means "not yet known" and gives way.

@@ -40,8 +40,12 @@ from tests.servers import OPERATOR, cloned_database, nats_server
 SEEDS_A_RUN: Final = 25
 CI_SEEDS: Final = 200
 TORTURE_SEEDS: Final = 2_000
-PATIENCE: Final = 20.0  # seconds that the archive may take to become what was sent
+PATIENCE: Final = 60.0  # seconds that the archive may take to become what was sent
 QUIET: Final = 0.5  # seconds that bars before a series' first wait for more of them: ten in service
+
+
+# A run takes some fifteen seconds of an idle core; the neighbours of a busy machine stretch that.
+pytestmark = pytest.mark.timeout(600)
 
 
 @dataclass(frozen=True)
@@ -225,6 +229,7 @@ async def test_ten_times_as_many_seeds(stage: Stage, first: int) -> None:
     await _hold(stage, range(first, first + SEEDS_A_RUN))
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("kind", sorted(KINDS))
 async def test_each_kind_of_hostility_alone(stage: Stage, kind: Kind) -> None:
     """Where the whole feed fails, this names the kind that is to blame."""

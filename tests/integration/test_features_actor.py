@@ -29,7 +29,9 @@ def undisturbed(rows: list[Candle]) -> list[FeatureRow]:
 def plain(rows: Iterable[FeatureRow]) -> list[FeatureRow]:
     """Rows without what tells of their bars' past."""
     return [
-        msgspec.structs.replace(r, revision=0, replaces=None, replaces_seq=None, source=None, ts_source="utc", live=True)
+        msgspec.structs.replace(
+            r, revision=0, replaces=None, replaces_seq=None, source=None, ts_source="utc", live=True
+        )
         for r in rows
     ]
 

@@ -223,9 +223,7 @@ WHOLE: list[tuple[bytes, int]] = [
 
 
 @pytest.mark.parametrize(("body", "status"), WHOLE, ids=range(len(WHOLE)))
-async def test_a_bad_payload_gets_its_answer_and_stores_nothing(
-    gate: Gate, bus: Bus, body: bytes, status: int
-) -> None:
+async def test_a_bad_payload_gets_its_answer_and_stores_nothing(gate: Gate, bus: Bus, body: bytes, status: int) -> None:
     found, answer = await gate.post(body)
     assert (found, set(answer)) == (status, {"error"})
     assert answer["error"].endswith((".", "?"))
