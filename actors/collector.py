@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import datetime
 from hashlib import blake2b
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
 import msgspec
 from aiohttp import web
@@ -32,6 +32,7 @@ from actors.core.ingest import (
     check_payload,
     judge,
     read,
+    whole,
 )
 from actors.core.recent import RecentSignals
 from actors.core.sessions import ServerClock
@@ -49,7 +50,15 @@ from bus.consume import Reader, StreamReplaced
 from bus.store import Store
 from bus.subjects import CANDLES, FORMING, REJECTS, SIGNALS
 from bus.supervise import ConfigurationError, Context, run_tasks
-from bus.telemetry import TRACEPARENT, candles_total, child_traceparent, post_seconds, posts_total, series_gauge
+from bus.telemetry import (
+    TRACEPARENT,
+    candles_total,
+    child_traceparent,
+    post_seconds,
+    posts_total,
+    rejected_total,
+    series_gauge,
+)
 from schema.messages import (
     MAX_BLOCK_ROWS,
     Backfill,
@@ -159,7 +168,7 @@ class Collector:
             for key in keys:
                 await held.enter_async_context(self._locks.setdefault(key, asyncio.Lock()))
             try:
-                judged = await self._publish(request, payload, keys)
+                judged = await self._publish(request, body, payload, keys)
                 backfill = self._missing(payload, judged, keys)
             except BusUnavailable as error:
                 self.log.warning("candles not stored", action="ingest.unavailable", error=str(error))
@@ -177,12 +186,14 @@ class Collector:
         ):
             if count:
                 candles_total.inc(count, outcome=outcome)
+        for rejection in judged.rejected:
+            rejected_total.inc(reason=rejection.code)
         result = IngestAnswer(
             received=len(payload.candles),
             accepted=accepted,
             duplicates=judged.duplicates,
             forming=len(judged.forming),
-            rejected=tuple(RejectedCandle(index=index, error=error) for index, error in judged.rejected),
+            rejected=tuple(RejectedCandle(index=r.place, error=r.error) for r in judged.rejected),
             backfill=tuple(backfill),
         )
         return answer(result, status=200 if accepted or judged.duplicates or judged.forming else 422)
@@ -203,7 +214,7 @@ class Collector:
             )
         return payload
 
-    async def _publish(self, request: web.Request, payload: Payload, keys: Sequence[Key]) -> Judged:
+    async def _publish(self, request: web.Request, body: bytes, payload: Payload, keys: Sequence[Key]) -> Judged:
         """Judges the payload and stores what is closed; what the stream acknowledged is remembered."""
         await self._learn(keys)
         checked = check_payload(payload, self.ctx.settings.symbols)
@@ -225,7 +236,7 @@ class Collector:
             for layer in layers
             for message in _blocks(key, layer, payload, received_at, headers, conversion)
         ]
-        messages += _rejects(payload, judged, received_at, headers)
+        messages += _rejects(body, payload, judged, received_at, headers)
         if len(messages) == 1:
             await self.bus.store(messages[0])
         elif messages:
@@ -400,33 +411,22 @@ def _blocks(
         )
 
 
-def _rejects(payload: Payload, judged: Judged, received_at: datetime, headers: Mapping[str, str]) -> Iterable[Outgoing]:
+def _rejects(
+    body: bytes, payload: Payload, judged: Judged, received_at: datetime, headers: Mapping[str, str]
+) -> Iterable[Outgoing]:
     """Rejected candles, whole and with their reasons, a bounded number to a message."""
+    if not judged.rejected:
+        return
+    envelope, candles = whole(body)
     for start in range(0, len(judged.rejected), REJECTS_A_MESSAGE):
         part = judged.rejected[start : start + REJECTS_A_MESSAGE]
-        kept: list[dict[str, Any]] = [
-            {"index": index, "error": error, "candle": _raw(payload, index)} for index, error in part
-        ]
+        kept = [{"index": r.place, "error": r.error, "candle": candles[r.place]} for r in part]
         reject = Reject(
             where="candles",
-            reason=part[0][1] if len(part) == 1 else f"{len(part)} candles: {part[0][1]}, ...",
+            reason=part[0].error if len(part) == 1 else f"{len(part)} candles: {part[0].error}, ...",
             at=received_at,
-            payload={
-                "symbol": payload.symbol,
-                "timeframe": payload.timeframe,
-                "server_time": payload.server_time,
-                "gmt_time": payload.gmt_time,
-                "history": payload.history,
-                "candles": kept,
-            },
+            payload={**envelope, "candles": kept},
             source=payload.source or "",
         )
         mark = blake2b(msgspec.json.encode((reject.payload, reject.source)), digest_size=16).hexdigest()
         yield outgoing(REJECTS, reject, "candles", msg_id=mark, headers=headers)
-
-
-def _raw(payload: Payload, index: int) -> Any:
-    candle = payload.candles[index]
-    if isinstance(candle, str):
-        return payload.raw[index]
-    return {name: value for name, value in msgspec.to_builtins(candle).items() if value is not None}

@@ -54,7 +54,9 @@ class Emitter:
         self.versions: dict[str, list[tuple[int, str]]] = {}  # every activation's (from_seq, version), by timeframe
         self.handled = 0  # CANDLES sequence up to which every signal is published
         self._done = 0  # the newest candles_seq that this run has read; never ahead of the stream, as handled may be
-        self._said: set[str] = set()  # ids published before this run began, near its resume point
+        self._said: set[tuple[str, int]] = (
+            set()
+        )  # (id, candles_seq) published before this run began, near its resume point
         self._said_until = 0
         self._gate = asyncio.Lock()  # a batch of features and an activation exclude each other
         self._models: dict[tuple[str, str], ServedModel] = {}
@@ -90,7 +92,7 @@ class Emitter:
             self.bus, SIGNALS, name=f"{self.name}-tail", start=max(1, last_seq - READ_BACK + 1), batch=512
         ) as reader:
             async for delivery in reader:
-                self._said.add(delivery.message.id)
+                self._said.add((delivery.message.id, delivery.message.candles_seq))
                 sequences.append(delivery.message.candles_seq)
                 if delivery.stream_seq >= last_seq:
                     break
@@ -214,10 +216,12 @@ class Emitter:
             signal = self._signal(block, row, activation, now)
             if signal.supersedes == signal.id:
                 continue  # the bar changed, and nothing that its signal depends on
-            if block.candles_seq <= self._said_until and signal.id in self._said:
+            if block.candles_seq <= self._said_until and (signal.id, block.candles_seq) in self._said:
                 continue
             signals_total.inc(abstain=signal.abstain or "none")
-            out.append(outgoing(SIGNALS, signal, block.timeframe, block.symbol, msg_id=signal.id, headers=headers))
+            # A correction that is taken back makes the first signal again: the same id, and yet another message.
+            msg_id = f"{signal.id}:{block.candles_seq}"
+            out.append(outgoing(SIGNALS, signal, block.timeframe, block.symbol, msg_id=msg_id, headers=headers))
         if len(block.rows) == 1 and not block.replay:
             signal_seconds.observe((now - block.received_at).total_seconds())
         return Done(tuple(out))

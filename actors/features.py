@@ -236,7 +236,7 @@ class Features:
     async def _revise(self, subject: str, state: SeriesState, block: CandleBlock, seq: int) -> Change:
         earliest = min((int(ts.timestamp()) for ts in block.withdrawn), default=2**62)
         if block.rows:
-            earliest = min(earliest, min(map(epoch, block.rows)))
+            earliest = min(earliest, *map(epoch, block.rows))
         history = self.histories.get(subject)
         if history is None or (history.begins is not None and earliest <= history.begins):
             history = await self._window(subject, state, block, earliest, seq)

@@ -21,6 +21,8 @@ from bus.subjects import (
     TRAIN,
     Channel,
 )
+from bus.topology import model_name
+from schema.timeframes import TIMEFRAMES
 
 OPERATOR: Final = "operator"  # the person's user: may do everything
 API: Final = "$JS.API"
@@ -72,6 +74,9 @@ _EVERYONE: Final = (
     f"{API}.STREAM.NAMES",
 )
 
+# Each model by name: models.promote and models.rollback are a person's requests.
+_MODELS: Final = tuple(MODELS.subject(model_name(timeframe)) for timeframe in TIMEFRAMES)
+
 _PUBLISH: Final[dict[str, tuple[str, ...]]] = {
     "collector": (
         CANDLES.wildcard,
@@ -90,14 +95,14 @@ _PUBLISH: Final[dict[str, tuple[str, ...]]] = {
     ),
     "emitter": (
         SIGNALS.wildcard,
-        "models.*",
+        *_MODELS,
         *_read(_name(FEATURES)),
         *_read(_name(SIGNALS)),
         *_read(_name(MODELS)),
         *_FILES_READ,
     ),
     "recorder": (*_read(_name(FEATURES)), *_read(_name(SIGNALS))),
-    "trainer": ("models.*", *_read(_name(MODELS)), *_FILES_WRITE),
+    "trainer": (*_MODELS, *_read(_name(MODELS)), *_FILES_WRITE),
 }
 
 _SUBSCRIBE: Final[dict[str, tuple[str, ...]]] = {

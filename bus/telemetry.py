@@ -80,6 +80,7 @@ class HistogramMetric:
 
 
 candles_total: Final = CounterMetric("mt5_candles_total", "Candles by what became of them.", unlabelled=False)
+rejected_total: Final = CounterMetric("mt5_rejected_candles_total", "Rejected candles by reason.", unlabelled=False)
 posts_total: Final = CounterMetric("mt5_ingest_posts_total", "POST /ingest by status.", unlabelled=False)
 post_seconds: Final = HistogramMetric("mt5_ingest_seconds", "POST /ingest from first byte to answer.")
 feature_rows_total: Final = CounterMetric("mt5_feature_rows_total", "Feature rows published.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -170,7 +170,7 @@ def since(text: str | None, now: datetime) -> datetime | None:
 # --- REJECTS -----------------------------------------------------------------------------------------------------
 
 
-async def _read(bus: Bus, choice: Choice) -> AsyncIterator[Kept]:
+async def _read(bus: Bus, choice: Choice) -> AsyncGenerator[Kept, None]:
     """What REJECTS holds when this begins, as far as it was asked for; the stream may grow meanwhile."""
     stream = str(REJECTS.stream)
     subscription = None

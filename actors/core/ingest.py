@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from hashlib import blake2b
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
@@ -31,6 +31,22 @@ REPLAYED: Final = "~replay"  # a replay that names no source: never the owner
 SYMBOL_BYTES: Final = 64
 VOLUME_LIMIT: Final = 2.0**63
 MILLISECONDS_FROM: Final = 100_000_000_000  # epoch seconds reach this in the year 5138
+
+
+class Rejection(NamedTuple):
+    """A candle that is not taken: where it stands in the payload, why, and the reason's name among the metrics."""
+
+    place: int
+    error: str
+    code: str
+
+
+class Refusal(ValueError):
+    """A candle breaks a rule; the message is the reason shown to the sender, ``code`` its name among the metrics."""
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 class PayloadError(Exception):
@@ -157,7 +173,7 @@ class Judged(Struct):
     layers: dict[tuple[str, str], list[list[Candle]]]
     forming: list[Bar]
     duplicates: int
-    rejected: list[tuple[int, str]]
+    rejected: list[Rejection]
 
 
 _LIST: Final = msgspec.json.Decoder(list[IngestCandle])
@@ -242,6 +258,18 @@ def _read_loosely(value: Any) -> Payload:
     return _payload([_candle(item) for item in items], envelope, items)
 
 
+def whole(body: bytes) -> tuple[dict[str, Any], list[Any]]:
+    """A payload as it was sent: what stands beside the candles, and the candles, unknown fields included."""
+    value = _ANY.decode(body)
+    if isinstance(value, list):
+        return {}, value
+    items = value.get("items", value.get("candles"))
+    if not isinstance(items, list):
+        names = {"source", "server_time", "gmt_time", "history", "replay"}
+        return {name: value[name] for name in names if name in value}, [value]
+    return {name: field for name, field in value.items() if name not in ("items", "candles")}, items
+
+
 def _candle(item: Any) -> IngestCandle | str:
     try:
         return msgspec.convert(item, IngestCandle)
@@ -259,16 +287,16 @@ def parse_time(value: str | int | float | None) -> int:
     """RFC 3339, epoch seconds or epoch milliseconds as epoch seconds; without a zone a time is taken as UTC.
 
     Raises:
-        ValueError: not a time; the message is the reason shown to the sender.
+        Refusal: not a time.
     """
     if value is None:
-        raise ValueError("ts (or time) is missing")
+        raise Refusal("missing", "ts (or time) is missing")
     if isinstance(value, str):
         try:
             moment = datetime.fromisoformat(value.strip())
         except ValueError:
-            raise ValueError(
-                f"ts {value[:40]!r} is neither RFC 3339 (2025-02-13T01:33:00Z) nor an epoch number"
+            raise Refusal(
+                "time", f"ts {value[:40]!r} is neither RFC 3339 (2025-02-13T01:33:00Z) nor an epoch number"
             ) from None
         if moment.tzinfo is None:
             moment = moment.replace(tzinfo=UTC)
@@ -276,11 +304,11 @@ def parse_time(value: str | int | float | None) -> int:
     else:
         seconds = value / 1000 if abs(value) >= MILLISECONDS_FROM else float(value)
     if not seconds.is_integer():
-        raise ValueError("ts is not a whole second: bars open on whole minutes")
+        raise Refusal("time", "ts is not a whole second: bars open on whole minutes")
     if seconds < 0:
-        raise ValueError("ts is before 1970")
+        raise Refusal("before_1970", "ts is before 1970")
     if seconds > 253_402_300_799:
-        raise ValueError("ts is after the year 9999")
+        raise Refusal("time", "ts is after the year 9999")
     return int(seconds)
 
 
@@ -288,42 +316,42 @@ def check(candle: IngestCandle, index: int, payload: Payload, symbols: Mapping[s
     """One candle checked by itself.
 
     Raises:
-        ValueError: the candle breaks a rule; the message is the reason shown to the sender.
+        Refusal: the candle breaks a rule.
     """
     symbol = candle.symbol if candle.symbol is not None else payload.symbol
     if not symbol:
-        raise ValueError("symbol is missing or empty")
+        raise Refusal("symbol", "symbol is missing or empty")
     if len(symbol.encode(errors="surrogatepass")) > SYMBOL_BYTES:
-        raise ValueError(f"symbol is longer than {SYMBOL_BYTES} bytes")
+        raise Refusal("symbol", f"symbol is longer than {SYMBOL_BYTES} bytes")
     if not symbol.isprintable() or symbol != symbol.strip():
-        raise ValueError("symbol has control characters or outer spaces")
+        raise Refusal("symbol", "symbol has control characters or outer spaces")
     named = candle.timeframe or candle.interval or payload.timeframe
     if named is None:
-        raise ValueError("timeframe is missing")
+        raise Refusal("timeframe", "timeframe is missing")
     timeframe = canonical(named)
     if timeframe is None:
-        raise ValueError(f"timeframe {named[:20]!r} is unknown: use one of {', '.join(TIMEFRAMES)}")
+        raise Refusal("timeframe", f"timeframe {named[:20]!r} is unknown: use one of {', '.join(TIMEFRAMES)}")
     ts = parse_time(candle.ts if candle.ts is not None else candle.time)
     o, h, lo, c = candle.open, candle.high, candle.low, candle.close
     for name, price in (("open", o), ("high", h), ("low", lo), ("close", c)):
         if not math.isfinite(price):
-            raise ValueError(f"{name} is not finite")
+            raise Refusal("price", f"{name} is not finite")
         if price <= 0.0 and not ((known := symbols.get(symbol)) and known.allow_non_positive):
-            raise ValueError(f"{name} {price} is not positive")
+            raise Refusal("price", f"{name} {price} is not positive")
     if h < o or h < c:
-        raise ValueError(f"high {h} is below open or close")
+        raise Refusal("high_low", f"high {h} is below open or close")
     if lo > o or lo > c:
-        raise ValueError(f"low {lo} is above open or close")
+        raise Refusal("high_low", f"low {lo} is above open or close")
     volume = candle.tick_volume if candle.tick_volume is not UNSET else candle.volume
     if volume is UNSET:
-        raise ValueError("volume (or tick_volume) is missing")
+        raise Refusal("missing", "volume (or tick_volume) is missing")
     spread = candle.spread or 0.0
     real = candle.real_volume or 0.0
     for name, amount in (("volume", volume), ("spread", spread), ("real_volume", real)):
         if amount < 0:
-            raise ValueError(f"{name} is negative")
+            raise Refusal("amount", f"{name} is negative")
         if not amount < VOLUME_LIMIT:
-            raise ValueError(f"{name} is not below 2^63")
+            raise Refusal("amount", f"{name} is not below 2^63")
     return Checked(
         index,
         symbol,
@@ -344,15 +372,15 @@ def place(checked: Checked, clock: Conversion) -> Bar:
     """A checked candle in UTC, its grid tested in the clock that its bars follow.
 
     Raises:
-        ValueError: the bar lies off its timeframe's grid.
+        Refusal: the bar lies off its timeframe's grid.
     """
     sent, timeframe = checked.sent, checked.timeframe
     placed = clock.bar(sent, timeframe)
     if placed is None:
-        raise ValueError(f"ts {from_epoch(sent):%Y-%m-%dT%H:%M:%SZ} is off the grid of {timeframe}")
+        raise Refusal("off_grid", f"ts {from_epoch(sent):%Y-%m-%dT%H:%M:%SZ} is off the grid of {timeframe}")
     ts, end = placed
     if ts < 0:
-        raise ValueError("ts is before 1970")
+        raise Refusal("before_1970", "ts is before 1970")
     row = Candle(
         ts=from_epoch(ts),
         open=checked.open,
@@ -382,7 +410,7 @@ class CheckedPayload(Struct):
     """A payload's candles by themselves: those in order, those rejected, and the times as sent, by series."""
 
     good: list[Checked]
-    rejected: list[tuple[int, str]]
+    rejected: list[Rejection]
     sent: dict[tuple[str, str], list[int]]
 
 
@@ -391,12 +419,12 @@ def check_payload(payload: Payload, symbols: Mapping[str, Symbol]) -> CheckedPay
     out = CheckedPayload([], [], {})
     for index, candle in enumerate(payload.candles):
         if isinstance(candle, str):
-            out.rejected.append((index, candle))
+            out.rejected.append(Rejection(index, candle, "type"))
             continue
         try:
             checked = check(candle, index, payload, symbols)
-        except ValueError as error:
-            out.rejected.append((index, str(error)))
+        except Refusal as error:
+            out.rejected.append(Rejection(index, str(error), error.code))
             continue
         out.good.append(checked)
         out.sent.setdefault((checked.symbol, checked.timeframe), []).append(checked.sent)
@@ -422,8 +450,8 @@ def judge(
     for candle in checked.good:
         try:
             bar = place(candle, conversion)
-        except ValueError as error:
-            out.rejected.append((candle.index, str(error)))
+        except Refusal as error:
+            out.rejected.append(Rejection(candle.index, str(error), error.code))
             continue
         groups.setdefault((bar.symbol, bar.timeframe), []).append(bar)
     clock = _clock(payload, now, conversion)
@@ -468,7 +496,7 @@ def _judge_series(
     for at, bar in enumerate(bars):
         judged_at = bar.end if clock.now is None else clock.now
         if bar.ts - judged_at > length:
-            out.rejected.append((bar.index, "ts is more than one bar in the future"))
+            out.rejected.append(Rejection(bar.index, "ts is more than one bar in the future", "future"))
             continue
         if not _is_closed(bar, newest, judged_at, clock.sender, now, known):
             known.sends_forming = True
@@ -485,7 +513,8 @@ def _judge_series(
             ahead = [(b.candle.low, b.candle.high) for b in bars[at : at + AGREE]]
             known.jumps = [*known.jumps[1 - AGREE :], (bar.candle.low, bar.candle.high)]
             if not _is_split(ahead) and not _is_split(known.jumps):
-                out.rejected.append((bar.index, f"price jumps from {base} (over twice, or under half)"))
+                reason = f"price jumps from {base} (over twice, or under half)"
+                out.rejected.append(Rejection(bar.index, reason, "jump"))
                 continue
         previous = bar.candle.close
         known.jumps = []

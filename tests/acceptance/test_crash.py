@@ -14,6 +14,7 @@ from actors.core.serving import features_hash, signal_id
 from deploy.server import free_port
 from schema.messages import Candle, FeatureRow
 from tests.acceptance.conftest import Make
+from tests.builders import LIVE
 from tests.servers import wait_until
 from tests.system import System, cut
 
@@ -21,7 +22,7 @@ pytestmark = [pytest.mark.timeout(400), pytest.mark.slow]
 
 FEATURES = ("close", "volume", "spread", "rsi", "macd", "macd_signal", "macd_hist", "atr", "ma60", "ret_1", "fwd_ret_5")
 BLOCKS = 15_000  # bars of a replay that comes in blocks of 1,000
-LIVE = 800  # bars of a replay that comes bar by bar
+ONE_BY_ONE = 800  # bars of a replay that comes bar by bar
 FILE = "EURUSD_M1_202502.csv"
 
 
@@ -29,7 +30,7 @@ def undisturbed(file: Path, symbol: str, timeframe: str) -> list[FeatureRow]:
     """The rows of the pure core over the whole file at once."""
     with file.open("rb") as stream:
         bars: list[Candle] = [bar for chunk in read_bars(decode_lines(iter(stream))) for bar in chunk]
-    return append(SeriesState(symbol, timeframe), bars).rows
+    return append(SeriesState(symbol, timeframe), bars, LIVE).rows
 
 
 def check_whole(system: System, file: Path, symbol: str, timeframe: str) -> None:
@@ -78,10 +79,10 @@ def test_everything_is_killed_twice_in_the_middle_of_a_replay(make: Make, data: 
 def test_one_part_is_killed_twice_while_bars_come_one_by_one(
     system: System, data: Path, tmp_path: Path, victim: str
 ) -> None:
-    file, symbol = cut(data / FILE, tmp_path / "live.csv", 0, LIVE), f"KILL.{victim}"
+    file, symbol = cut(data / FILE, tmp_path / "live.csv", 0, ONE_BY_ONE), f"KILL.{victim}"
     words = ("replay", str(file), "--symbol", symbol, "--timeframe", "M1", "--speed", "100000")
     with system.running(*words) as replay:
-        for messages in (LIVE // 4, LIVE // 2):
+        for messages in (ONE_BY_ONE // 4, ONE_BY_ONE // 2):
             system.await_candles(symbol, "M1", messages)
             dead = system.child(victim)
             dead.kill()

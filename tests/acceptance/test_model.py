@@ -18,6 +18,7 @@ from actors.core.series import SeriesState, append
 from actors.core.serving import ServedModel
 from schema.messages import Signal, SignalList
 from tests.acceptance.conftest import Make
+from tests.builders import LIVE
 from tests.system import System, cut
 
 pytestmark = pytest.mark.timeout(400)
@@ -127,7 +128,7 @@ def test_the_newest_candles_have_one_signal_each_the_same_everywhere(trained: Tr
     system.settle()
     with trained.file.open("rb") as file:
         bars = [bar for chunk in read_bars(decode_lines(iter(file))) for bar in chunk]
-    rows = append(SeriesState(SYMBOL, "M1"), bars).rows[-NEWEST:]
+    rows = append(SeriesState(SYMBOL, "M1"), bars, LIVE).rows[-NEWEST:]
     streamed = system.streamed_signals(SYMBOL, "M1")
     assert [s.ts for s in streamed] == [row.ts for row in rows]
     assert len({s.id for s in streamed}) == NEWEST

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
-import nats
 import pytest
 
 from bus.permissions import OPERATOR
@@ -62,7 +61,8 @@ class Wire:
         found = []
         async with asyncio.timeout(10):
             while (line := await self._reader.readline()) != b"PONG\r\n":
-                assert line, "the server hung up"
+                if not line:  # it hangs up on whom it does not know
+                    break
                 if line.startswith(b"-ERR"):
                     found.append(line.decode())
         return found
@@ -77,18 +77,26 @@ class Wire:
 
 
 @contextlib.asynccontextmanager
-async def connected(system: System, actor: str) -> AsyncIterator[Wire]:
+async def talking(system: System, who: Mapping[str, str]) -> AsyncIterator[tuple[Wire, list[str]]]:
+    """A connection with these credentials, and what the server said against them."""
     host, _, port = system.ready["nats"].rpartition("@")[2].partition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     try:
         await reader.readline()
-        who = {"user": actor, "pass": system.passwords()[actor], "verbose": False, "headers": True, "pedantic": False}
         wire = Wire(reader, writer)
-        assert not await wire.refused(f"CONNECT {json.dumps(who)}\r\n".encode())
-        yield wire
+        options = {**who, "verbose": False, "pedantic": False, "headers": True}
+        yield wire, await wire.refused(f"CONNECT {json.dumps(options)}\r\n".encode())
     finally:
         writer.close()
-        await writer.wait_closed()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+@contextlib.asynccontextmanager
+async def connected(system: System, actor: str) -> AsyncIterator[Wire]:
+    async with talking(system, {"user": actor, "pass": system.passwords()[actor]}) as (wire, refused):
+        assert not refused
+        yield wire
 
 
 @pytest.mark.parametrize("actor", ACTORS)
@@ -117,14 +125,6 @@ async def test_an_actor_hears_its_own_inbox_and_requests_only(system: System, ac
 
 
 async def test_strangers_and_old_passwords_are_refused(system: System) -> None:
-    server = system.ready["nats"].rpartition("@")[2]
-    for credentials in ({}, {"user": "features", "password": "guess"}, {"user": "nobody", "password": "x"}):
-        with pytest.raises(nats.errors.Error, match="(?i)authorization"):
-            async with asyncio.timeout(5):
-                await nats.connect(
-                    server, allow_reconnect=False, error_cb=_quiet, max_reconnect_attempts=0, **credentials
-                )
-
-
-async def _quiet(error: Exception) -> None:
-    """The exception that connect raises says it all."""
+    for who in ({}, {"user": "features", "pass": "guess"}, {"user": "nobody", "pass": "x"}):
+        async with talking(system, who) as (_, refused):
+            assert any("Authorization Violation" in text for text in refused), who

@@ -165,7 +165,7 @@ def test_labels_are_the_fifth_following_close(count: int, cut: int, gaps: float,
 
 def test_a_row_is_ready_after_300_bars() -> None:
     rows = append(SeriesState("X", "M1"), walk(400), LIVE).rows
-    assert [row.bar for row in rows if row.ready][0] == READY_AFTER == 300
+    assert next(row.bar for row in rows if row.ready) == READY_AFTER == 300
 
 
 def test_a_block_costs_a_fraction_of_single_steps() -> None:
