@@ -30,6 +30,7 @@ ANONYMOUS: Final = ""
 REPLAYED: Final = "~replay"  # a replay that names no source: never the owner
 SYMBOL_BYTES: Final = 64
 VOLUME_LIMIT: Final = 2.0**63
+LATEST: Final = 253_402_300_799  # the end of the year 9999
 MILLISECONDS_FROM: Final = 100_000_000_000  # epoch seconds reach this in the year 5138
 
 
@@ -221,6 +222,9 @@ def _payload(rows: Sequence[IngestCandle | str], envelope: Envelope, raw: Any) -
     source = envelope.source
     if source is not None and (len(source.encode()) > SYMBOL_BYTES or not source.isprintable()):
         raise PayloadError(f"source must be at most {SYMBOL_BYTES} printable bytes: name the broker's server.")
+    for name, clock in (("server_time", envelope.server_time), ("gmt_time", envelope.gmt_time)):
+        if clock is not None and not 0 <= clock <= LATEST:
+            raise PayloadError(f"{name} must be epoch seconds, as TimeTradeServer() and TimeGMT() give them.")
     return Payload(
         list(rows),
         raw,
@@ -307,7 +311,7 @@ def parse_time(value: str | int | float | None) -> int:
         raise Refusal("time", "ts is not a whole second: bars open on whole minutes")
     if seconds < 0:
         raise Refusal("before_1970", "ts is before 1970")
-    if seconds > 253_402_300_799:
+    if seconds > LATEST:
         raise Refusal("time", "ts is after the year 9999")
     return int(seconds)
 

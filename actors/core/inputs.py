@@ -141,16 +141,16 @@ def scale_free_v1_columns(columns: FeatureColumns) -> tuple[Inputs, NDArray[np.b
     close, atr = columns.close, columns.atr
     usable = (close > 0.0) & np.logical_and.reduce([np.isfinite(c) for c in columns[1:]])
     moving = usable & (atr > 0.0)
-    ratios = (
-        (columns.macd, atr),
-        (columns.macd_signal, atr),
-        (columns.macd_hist, atr),
-        (close - columns.ma60, atr),
-        (columns.ret_1 * close, atr),
-        (atr, close),
-    )
     values = np.zeros((len(close), len(_SCALE_FREE_V1)), dtype=np.float64)
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):  # what overflows ends at LIMIT, as in the scalar path
+        ratios = (
+            (columns.macd, atr),
+            (columns.macd_signal, atr),
+            (columns.macd_hist, atr),
+            (close - columns.ma60, atr),
+            (columns.ret_1 * close, atr),
+            (atr, close),
+        )
         values[:, 0] = np.where(moving, (columns.rsi - 50.0) / 50.0, 0.0)
         for i, (value, unit) in enumerate(ratios, start=1):
             values[:, i] = np.where(moving, np.minimum(np.maximum(value / unit, -LIMIT), LIMIT), 0.0)

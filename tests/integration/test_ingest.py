@@ -204,6 +204,7 @@ async def test_a_jump_is_rejected_and_a_split_is_not(gate: Gate) -> None:
 WHOLE: list[tuple[bytes, int]] = [
     (b"", 400),
     (b"{} {}", 400),
+    (b'{"replay": true, "gmt_time": 1e17, "items": []}', 422),
     (b'{"close": NaN}', 400),
     (b'[{"close": 1e999}]', 400),
     (b"[" * 100_000, 400),

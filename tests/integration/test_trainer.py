@@ -71,7 +71,7 @@ async def load(store: Store, symbol: str, bars: int, seed: int = 1) -> list[Any]
         "fwd_ret_5",
     )
     table: list[Sequence[Any]] = [
-        (r.ts, symbol, "M1", *(getattr(r, n) for n in names), r.ready, r.bar, 0, i + 1, i + 1)
+        (r.ts, symbol, "M1", *(getattr(r, n) for n in names), r.ready, r.bar, 0, i + 1, i + 1, "utc")
         for i, r in enumerate(rows)
     ]
     await store.execute("upsert_features", *(list(column) for column in zip(*table, strict=True)))

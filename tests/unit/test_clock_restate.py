@@ -188,7 +188,13 @@ CHANGE = utc(2025, 3, 28)
 
 @given(
     st.lists(RULES, min_size=2, max_size=3),
-    st.lists(st.tuples(st.integers(0, 80), st.integers(0, 2)), min_size=1, max_size=60, unique_by=lambda x: x[0]),
+    # Hour 51 is the one that Athens leaves out in spring: no terminal can send it, and no way leads back from it.
+    st.lists(
+        st.tuples(st.integers(0, 80).filter(lambda hour: hour != 51), st.integers(0, 2)),
+        min_size=1,
+        max_size=60,
+        unique_by=lambda x: x[0],
+    ),
     st.integers(0, 200),
 )
 def test_interrupted_and_repeated_it_ends_alike(
