@@ -44,7 +44,7 @@ MINUTES: Final = {"M1": 1, "M5": 5, "M15": 15, "M30": 30, "H1": 60}
 SPELLINGS: Final = {"M1": "1m", "M5": "5m", "M15": "15m", "M30": "30m", "H1": "1h"}
 SYMBOLS: Final = ("EURUSD{}.m", "GBPUSD{}!", "@ES{}", "XAU USD {}", "US30{}#", "Öl {}", "50%>{}*")
 PREAMBLE: Final = 290  # bars of history before the live part of a deep series: rows are ready after 300
-DEEP: Final = 28  # live bars of a deep series
+DEEP: Final = 20  # live bars of a deep series
 SHALLOW: Final = 16  # bars of a series without history
 REORDER: Final = 6.0  # places that a payload falls behind at most
 FIRST: Final = -1e9  # where the history stands in the order of delivery
@@ -130,11 +130,11 @@ class Feed:
     def clocks(self) -> dict[str, str]:
         """The rules that the feed's sources need: without one the past's daylight-saving time is not known."""
         return {
-            name: zone
+            name: _rule(name)
             for s in self.series
             if s.mode == "clock"
             for name in (s.owner, s.other)
-            if isinstance(zone := _zone(name), str)
+            if "dst" in s.kinds
         }
 
 
@@ -202,8 +202,14 @@ def _series(rng: random.Random, name: str, timeframe: str, history: int, live: i
         mode=mode,  # type: ignore[arg-type]
         kinds=frozenset(chosen),
         owner=f"Alpha {zone}",
-        other=f"Beta {rng.choice(ZONES[:3]) if mode == 'clock' else 0}",
+        other=f"Beta {rng.choice(ZONES[:3]) if mode == 'clock' else 0}{' fixed' if change else ''}",
     )
+
+
+def _rule(source: str) -> str:
+    """What an operator would write for a source; around a change only that tells a fixed clock from one that changes."""
+    zone = _zone(source)
+    return zone if isinstance(zone, str) else f"+{zone:02d}:00"
 
 
 def _zone(source: str) -> int | str:
