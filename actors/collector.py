@@ -234,7 +234,7 @@ class Collector:
             message
             for key, layers in judged.layers.items()
             for layer in layers
-            for message in _blocks(key, layer, payload, received_at, headers, conversion)
+            for message in _blocks(key, layer, payload, received_at, headers, conversion, checked.points.get(key[0]))
         ]
         messages += _rejects(body, payload, judged, received_at, headers)
         if len(messages) == 1:
@@ -385,6 +385,7 @@ def _blocks(
     received_at: datetime,
     headers: Mapping[str, str],
     conversion: Conversion,
+    point: float | None,
 ) -> Iterable[Outgoing]:
     symbol, timeframe = key
     size = 1 if len(rows) <= FEW else MAX_BLOCK_ROWS
@@ -403,6 +404,7 @@ def _blocks(
                 source=payload.source,
                 server_time=payload.server_time,
                 ts_source=ts_source,
+                point=point,
             ),
             timeframe,
             symbol,

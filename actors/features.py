@@ -28,6 +28,7 @@ from bus.store import Store
 from bus.subjects import CANDLES, FEATURE_STATE, FEATURES, key_token
 from bus.supervise import Context, run_tasks
 from bus.telemetry import (
+    candle_revisions_total,
     cursor_lag,
     cursor_lag_seconds,
     feature_rebuilds_total,
@@ -246,6 +247,18 @@ class Features:
         )
         if change:
             feature_rebuilds_total.inc()
+            sent = {row.ts for row in block.rows}
+            revised = sum(row.revision > 0 for row in change.rows if row.ts in sent)
+            candle_revisions_total.inc(revised, what="revised")
+            candle_revisions_total.inc(len(change.withdrawn), what="withdrawn")
+            self.log.info(
+                "the past changed",
+                action="features.revised",
+                subject=subject,
+                revised=revised,
+                withdrawn=len(change.withdrawn),
+                rows=len(change.rows),
+            )
         return change
 
     async def _window(
@@ -427,6 +440,7 @@ def _messages(
                 source=block.source,
                 ts_source=block.ts_source,
                 withdrawn=tuple(change.withdrawn) if part == 1 else (),
+                point=block.point,
             ),
             block.timeframe,
             block.symbol,

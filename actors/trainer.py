@@ -321,6 +321,9 @@ class Trainer:
         settings, options = self.settings.trainer, self.settings.symbols
         counted = await self._store.fetch("trainset_symbols", timeframe)
         rows = {r["symbol"]: int(r["rows"]) for r in counted}
+        # The settings' word goes over the terminals'.
+        points = {r["symbol"]: r["point"] for r in await self._store.fetch("symbol_points")}
+        points |= {s: known.point for s, known in options.items() if known.point is not None}
         symbols = [symbol for symbol, n in rows.items() if n >= settings.min_rows]
         if not symbols and rows:  # so that the refusal can say how many rows there are
             symbols = [max(rows, key=lambda symbol: rows[symbol])]
@@ -344,7 +347,7 @@ class Trainer:
                 "min_samples_leaf": settings.min_samples_leaf,
                 "folds": settings.folds,
                 "min_rows": settings.min_rows,
-                "points": {s: options[s].point for s in symbols if s in options and options[s].point is not None},
+                "points": {s: points[s] for s in symbols if s in points},
                 "spreads": {s: options[s].spread for s in symbols if s in options and options[s].spread is not None},
             },
         )

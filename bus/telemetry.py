@@ -84,6 +84,9 @@ rejected_total: Final = CounterMetric("mt5_rejected_candles_total", "Rejected ca
 posts_total: Final = CounterMetric("mt5_ingest_posts_total", "POST /ingest by status.", unlabelled=False)
 post_seconds: Final = HistogramMetric("mt5_ingest_seconds", "POST /ingest from first byte to answer.")
 feature_rows_total: Final = CounterMetric("mt5_feature_rows_total", "Feature rows published.")
+candle_revisions_total: Final = CounterMetric(
+    "mt5_candle_revisions_total", "Bars revised or withdrawn.", unlabelled=False
+)
 feature_rebuilds_total: Final = CounterMetric("mt5_feature_rebuilds_total", "Series recomputed from the log.")
 signals_total: Final = CounterMetric("mt5_signals_total", "Signals published, by abstention.", unlabelled=False)
 signal_seconds: Final = HistogramMetric("mt5_candle_to_signal_seconds", "Receipt of a live candle to its signal.")

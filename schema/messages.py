@@ -53,7 +53,8 @@ class CandleBlock(Message, frozen=True):
     """One or many closed candles of one series, ascending in ``ts``; at most :data:`MAX_BLOCK_ROWS`.
 
     ``withdrawn`` names bars that were never there (a clock was restated); they go before ``rows`` come.
-    ``ts_source`` says how times became UTC: utc, server, rule, inferred or assumed. ``history`` makes no signals. ``replay`` says that ``now`` (or, where that is absent, each bar's own end) stands
+    ``ts_source`` says how times became UTC: utc, server, rule, inferred or assumed. ``point`` is the size of one point,
+    where the sender says it. ``history`` makes no signals. ``replay`` says that ``now`` (or, where that is absent, each bar's own end) stands
     in for the time of receipt wherever a bar's age is judged.
     """
 
@@ -68,6 +69,7 @@ class CandleBlock(Message, frozen=True):
     server_time: int | None = None
     ts_source: str = "utc"
     withdrawn: tuple[UtcTime, ...] = ()
+    point: float | None = None
 
 
 class FormingCandle(Message, frozen=True):
@@ -150,6 +152,7 @@ class FeatureBlock(Message, frozen=True):
     source: str | None = None
     ts_source: str = "utc"
     withdrawn: tuple[Withdrawn, ...] = ()
+    point: float | None = None
 
 
 # --- signals -----------------------------------------------------------------------------------------------------
@@ -275,3 +278,4 @@ class IngestCandle(Struct, frozen=True, kw_only=True):
     spread: int | float | None = None
     real_volume: int | float | None = None
     closed: bool | None = None
+    point: float | None = None

@@ -79,8 +79,11 @@ def reduce_features(blocks: Iterable[FeatureBlock]) -> Batch:
     """
     statements: list[Statement] = []
     run: list[FeatureBlock] = []
+    points: dict[str, float] = {}
     candles_seq = 0
     for block in blocks:
+        if block.point is not None:
+            points[block.symbol] = block.point
         if block.withdrawn:
             statements += _reduce(run)
             run = []
@@ -92,6 +95,8 @@ def reduce_features(blocks: Iterable[FeatureBlock]) -> Batch:
         run.append(block)
         if block.part == block.parts:
             candles_seq = max(candles_seq, block.candles_seq)
+    if points:
+        statements.append(Statement("upsert_symbols", _turned(list(points.items()))))
     return Batch((*statements, *_reduce(run)), candles_seq)
 
 

@@ -67,6 +67,7 @@ class Envelope(Struct, frozen=True, kw_only=True):
     gmt_time: int | float | None = None
     history: bool = False
     replay: bool = False
+    point: float | None = None
     open: float | UnsetType = UNSET
 
 
@@ -82,6 +83,7 @@ class Payload(Struct, frozen=True):
     gmt_time: int | None
     history: bool
     replay: bool
+    point: float | None = None
 
     @property
     def origin(self) -> str:
@@ -235,6 +237,7 @@ def _payload(rows: Sequence[IngestCandle | str], envelope: Envelope, raw: Any) -
         None if envelope.gmt_time is None else int(envelope.gmt_time),
         envelope.history,
         envelope.replay,
+        envelope.point if envelope.point is not None and 0 < envelope.point < math.inf else None,
     )
 
 
@@ -252,7 +255,7 @@ def _read_loosely(value: Any) -> Payload:
         one = False
     if not isinstance(items, list):
         raise PayloadError("items (or candles) must be an array of candles.")
-    names = ("symbol", "timeframe", "interval", "source", "server_time", "gmt_time", "history", "replay")
+    names = ("symbol", "timeframe", "interval", "source", "server_time", "gmt_time", "history", "replay", "point")
     try:
         envelope = msgspec.convert({k: value[k] for k in names if value.get(k) is not None}, Envelope)
     except msgspec.ValidationError as error:
@@ -416,6 +419,7 @@ class CheckedPayload(Struct):
     good: list[Checked]
     rejected: list[Rejection]
     sent: dict[tuple[str, str], list[int]]
+    points: dict[str, float] = {}  # by symbol, where the sender says it
 
 
 def check_payload(payload: Payload, symbols: Mapping[str, Symbol]) -> CheckedPayload:
@@ -431,6 +435,9 @@ def check_payload(payload: Payload, symbols: Mapping[str, Symbol]) -> CheckedPay
             out.rejected.append(Rejection(index, str(error), error.code))
             continue
         out.good.append(checked)
+        point = candle.point if candle.point is not None else payload.point
+        if point is not None and 0 < point < math.inf:
+            out.points[checked.symbol] = point
         out.sent.setdefault((checked.symbol, checked.timeframe), []).append(checked.sent)
     return out
 

@@ -99,6 +99,12 @@ WHERE f.candles_seq < excluded.candles_seq
                   WHEN f.fwd_seq = excluded.fwd_seq THEN coalesce(excluded.fwd_ret_5, f.fwd_ret_5)
                   ELSE excluded.fwd_ret_5 END));
 
+-- name: upsert_symbols
+-- symbol[], point[]
+INSERT INTO symbols AS s (symbol, point) SELECT * FROM unnest($1::text[], $2::float8[])
+ON CONFLICT (symbol) DO UPDATE SET point = excluded.point, updated_at = now()
+WHERE s.point IS DISTINCT FROM excluded.point;
+
 -- name: apply_fills
 -- ts[], symbol[], timeframe[], fwd_ret_5[], fwd_seq[]
 UPDATE features AS f SET fwd_ret_5 = x.fwd_ret_5, fwd_seq = x.fwd_seq
@@ -348,6 +354,9 @@ UPDATE models SET
     state = $3, from_seq = coalesce($4::int8, from_seq), activated_at = coalesce($5::timestamptz, activated_at),
     reason = $6, by = $7
 WHERE model_name = $1 AND version = $2;
+
+-- name: symbol_points
+SELECT symbol, point FROM symbols;
 
 -- name: insert_model_metrics
 -- created_at, model_name, metrics (JSON text)

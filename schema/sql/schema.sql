@@ -196,6 +196,13 @@ CREATE TABLE cursors (
     PRIMARY KEY (reader, partition)
 );
 
+-- What terminals say of a symbol: point is the size of one point, in which spreads are given.
+CREATE TABLE symbols (
+    symbol text PRIMARY KEY,
+    point double precision NOT NULL,
+    updated_at timestamptz NOT NULL DEFAULT now()
+);
+
 -- A broker's new name for a series: bars and features have moved, signals keep the name that they were made under.
 CREATE TABLE series_renames (
     old_symbol text NOT NULL,

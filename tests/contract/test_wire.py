@@ -125,6 +125,7 @@ WIRE: dict[str, Message] = {
         server_time=1_739_417_700,
         ts_source="rule",
         withdrawn=(T0, T1),
+        point=1e-05,
     ),
     "features.v1": FeatureBlock(
         symbol="EURUSD.m",
@@ -159,6 +160,7 @@ WIRE: dict[str, Message] = {
         source="Broker-Demo",
         ts_source="rule",
         withdrawn=(Withdrawn(ts=T1, revision=3),),
+        point=1e-05,
     ),
     "signals.v1": SIGNAL,
     "signals.v1.bare": ABSTAINING,
