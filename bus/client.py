@@ -150,8 +150,9 @@ class Bus:
             connecting.cancel()
             await asyncio.gather(connecting, return_exceptions=True)
             await nc.close()
+            why = refused.result() if refused.done() else last_error
             raise BusUnavailable(
-                f"NATS does not take our connection ({last_error}): check that nats-server runs at "
+                f"NATS does not take our connection ({why}): check that nats-server runs at "
                 f"{server} (MT5_NATS_URL) and that user and password are right."
             )
         try:

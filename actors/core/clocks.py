@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Final
+from typing import Final, cast
 
 import msgspec
 from msgspec import Struct
@@ -250,6 +250,14 @@ class Clocks:
         told = tuple(alert for alert in alerts if self._is_news(name, alert.kind, now))
         if line.kinds == ["utc"]:
             return AS_UTC if grid is None and not told else Conversion(None, grid=grid, alerts=told)
+        by_rule = known.line.kind_at(at) == "rule"
+        if (
+            offset is not None
+            and not by_rule
+            and cast(int, server_time) - Conversion(line, now=gmt_time).to_utc(cast(int, server_time)) != offset
+        ):
+            # Payloads come in any order: one from just beside a change is converted by its own fields all the same.
+            line = Timeline([(BEGIN, offset, "server")])
         newest = max((max(times) for times in series.values() if times), default=at)
         return Conversion(
             line,

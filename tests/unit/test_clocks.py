@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from actors.core.clock import ClockAlert, Conversion, Timeline, timeline
@@ -507,6 +507,7 @@ def test_what_a_person_says_is_in_force_from_the_moment_it_is_taken_over() -> No
 
 
 @settings(max_examples=25)
+@example([(1, 0, True, False), (0, 2, True, False), (601, 1, True, False), (2, 1, True, False)])
 @given(
     st.lists(
         st.tuples(st.integers(0, 3_000_000), st.integers(-12, 14), st.booleans(), st.booleans()),
