@@ -221,6 +221,14 @@ async def test_a_withdrawn_bar_is_gone_its_values_are_kept_and_its_signal_is_sup
     assert [bar.candle.ts for bar in await store.bars_before("EURUSD", "M1", None, 2)] == [T0 + MINUTE, T0 + 2 * MINUTE]
 
 
+async def test_rows_whose_time_is_a_guess_are_not_trained_on(store: Store) -> None:
+    known = [row(bar, ts_source=kind, fwd_ret_5=0.1) for bar, kind in ((4, "utc"), (5, "assumed"), (6, "server"))]
+    await archive(store, [block(1, *known)])
+    async with store.connection() as connection:
+        rows = await connection.fetch("SELECT bar FROM trainset_m1 ORDER BY bar")
+    assert [r["bar"] for r in rows] == [4, 6]
+
+
 async def execute(store: Store, batch: Batch) -> None:
     async with store.transaction() as connection:
         for statement in batch.statements:
