@@ -87,6 +87,7 @@ async def serve(bus: Bus, actor: str, description: str, endpoints: Mapping[str, 
         await service.add_endpoint(
             EndpointConfig(name=subject.replace(".", "-"), subject=subject, handler=handler(endpoint))
         )
+    await bus.nc.flush()  # from here on a request of anybody's is heard
     return service
 
 

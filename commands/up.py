@@ -18,8 +18,8 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -127,8 +127,6 @@ def _up(names: Sequence[str], *, isolate: bool, demo: list[str] | None) -> int:
     actors = [name for group in plan.values() for name in group]
     if "collector" in actors:
         _check_gateway(loaded)
-    # While the servers start on one core, the other reads what comes next.
-    threading.Thread(target=_import_clients, name="import", daemon=True).start()
     home = Home(loaded.home)
     embedded = settings.nats.url is None or settings.database.url is None
     try:
@@ -145,7 +143,8 @@ def _up(names: Sequence[str], *, isolate: bool, demo: list[str] | None) -> int:
                 if server is not None:
                     supervisor.add_server(server)
             port = (settings.gateway.port or free_port()) if "collector" in actors else None
-            supervisor.start_servers()
+            with _importing_clients():
+                supervisor.start_servers()
             asyncio.run(_prepare(loaded, servers, log))
             shared = _environment(loaded, port)
             for name, group in plan.items():
@@ -176,6 +175,21 @@ def _leave(number: int, frame: Any) -> NoReturn:
 def _sentence(error: Exception) -> str:
     text = str(error)
     return text[:1].upper() + text[1:]
+
+
+@contextmanager
+def _importing_clients() -> Iterator[None]:
+    """While the servers start on one core, the other reads what comes next.
+
+    Nothing else may be imported meanwhile: nats-py's modules import each other in a circle, and two threads inside
+    such a circle may each see the other's half-made module.
+    """
+    reading = threading.Thread(target=_import_clients, name="import", daemon=True)
+    reading.start()
+    try:
+        yield
+    finally:
+        reading.join()
 
 
 def _import_clients() -> None:

@@ -32,7 +32,13 @@ def test_a_feature_step_is_four_times_faster_than_talipp() -> None:
 def test_a_block_costs_a_third_of_single_steps() -> None:
     bars = bench_core.candles(bench_core.WARM + 5 * bench_core.BLOCK)
     single, block = bench_core.ours_by_step(bars), bench_core.ours_by_block(bars)
-    assert min(block() for _ in range(5)) * 3 < min(single() for _ in range(5))
+    blocks, singles = [], []
+    for _ in range(TRIES * 5):  # in turns, so that a busy moment meets both
+        blocks.append(block())
+        singles.append(single())
+        if len(blocks) >= 5 and min(blocks) * 3 < min(singles):
+            break
+    assert min(blocks) * 3 < min(singles)
 
 
 def test_a_prediction_is_a_hundred_times_faster_than_scikit_learn_and_the_same() -> None:
@@ -48,7 +54,10 @@ def test_ten_thousand_series_cost_at_most_half_as_much_again() -> None:
 
 def test_a_long_payload_costs_no_more_a_candle_than_a_short_one() -> None:
     """What is remembered of a payload must not cost its length squared."""
-    assert (
-        min(bench_core.history_cost(1_000) for _ in range(3))
-        < min(bench_core.history_cost(100) for _ in range(3)) * 1.2
-    )
+    long, short = [], []
+    for _ in range(TRIES * 3):
+        long.append(bench_core.history_cost(1_000))
+        short.append(bench_core.history_cost(100))
+        if len(long) >= 3 and min(long) < min(short) * 1.2:
+            break
+    assert min(long) < min(short) * 1.2

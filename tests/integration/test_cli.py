@@ -402,6 +402,31 @@ def test_given_servers_take_any_number_of_ups_and_no_lock(start: Callable[..., R
             assert running.terminate() < 10
 
 
+SLOW_IMPORTS = """
+import sys, time
+
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("nats"):
+            time.sleep(0.05)
+
+sys.meta_path.insert(0, Slow())
+"""
+
+
+def test_a_slow_disk_does_not_mix_up_what_two_threads_import(start: Callable[..., Running], tmp_path: Path) -> None:
+    """nats-py's modules import each other in a circle: two threads in it at once see half-made modules."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_IMPORTS)
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    with nats_server(tmp_path / "nats") as nats, postgres_server(tmp_path / "postgres") as postgres:
+        given = {"MT5_NATS_URL": nats.url("operator"), "MT5_DATABASE_URL": postgres.url, "PYTHONPATH": path}
+        running = start("up", "recorder", **given)
+        wait_until(lambda: "Ready: " in running.said() or running.process.poll() is not None, READY_SECONDS, "ready")
+        assert running.process.poll() is None, running.said()
+        assert "Traceback" not in running.said()
+        assert running.terminate() < 10
+
+
 def test_a_gateway_port_that_is_taken_is_told_at_once(system: Running, tmp_path: Path) -> None:
     port = system.ready["gateway"].rpartition(":")[2]
     done = Running(system.process, tmp_path / "var", tmp_path / "none").mt5("up", MT5_GATEWAY_PORT=port)
