@@ -7,30 +7,36 @@ serves, it is stored before the version speaks, and a replay reads it back. ``cr
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import secrets
 import time
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import ClassVar, Final
 
 import msgspec
 from msgspec import Struct
-from nats.js.errors import NotFoundError
+from nats.errors import Error as NatsError
+from nats.js.api import Header
+from nats.js.errors import APIError, NotFoundError
 
 from actors.core.hashing import signal_id
 from actors.core.manifest import MANIFEST_FILE, ONNX_FILE, Manifest
 from actors.core.serving import ModelRefused, ServedModel, build_signal, decide, expires_at, judged_at
 from actors.core.timeframe import end_time
-from bus.client import Outgoing, outgoing
+from bus.client import BusUnavailable, Outgoing, outgoing
 from bus.consume import Delivery, Done, Outcome, Reader, consume, find, last_message
-from bus.subjects import FEATURES, MODELS, SIGNALS
-from bus.supervise import Context, run_tasks
+from bus.subjects import FEATURES, MODELS, SIGNAL_AGAIN, SIGNALS
+from bus.supervise import Context, run_tasks, serve
 from bus.telemetry import cursor_lag, cursor_lag_seconds, signal_seconds, signals_total, trace_headers
 from bus.topology import model_name
+from bus.writer import WRONG_LAST, Superseded, Writer
 from schema.messages import FeatureBlock, FeatureRow, ModelEvent, ModelState, Signal
 
-# Signals read back at the start. Publishes overlap by at most bus.client.MAX_IN_FLIGHT, so the resume point lies this
-# far before the newest and everything before it is known to be whole.
-READ_BACK: Final = 2_048
-RESUME_BACK: Final = 1_024
+READ_BACK: Final = 2_048  # signals read back at the start, and as many again until all of the newest message are read
+ANSWER_BUDGET: Final = 60.0
+ANSWER_PAUSE: Final = 0.25
+ANSWERS: Final = ("activated", "refused")  # what an emitter says of a version
 
 
 class Activation(Struct, frozen=True):
@@ -44,6 +50,8 @@ class Activation(Struct, frozen=True):
 
 class Emitter:
     name: ClassVar[str] = "emitter"
+    owned: ClassVar[bool] = True
+    own_service: ClassVar[bool] = True
     description: ClassVar[str] = "Turns features into signals with the model that serves."
 
     def __init__(self, ctx: Context) -> None:
@@ -58,7 +66,9 @@ class Emitter:
             set()
         )  # (id, candles_seq) published before this run began, near its resume point
         self._said_until = 0
-        self._gate = asyncio.Lock()  # a batch of features and an activation exclude each other
+        self._out = Writer(self.bus, str(SIGNALS.stream), 0)
+        self._heard: dict[str, int] = {}  # model name → EVENTS sequence of the newest event of it that was read
+        self._gate = asyncio.Lock()  # a batch of features, an activation and a repetition exclude each other
         self._models: dict[tuple[str, str], ServedModel] = {}
 
     async def run(self) -> None:
@@ -71,33 +81,58 @@ class Emitter:
                 for event in pending:
                     await self._catch_up(reader)
                     await self._activate(event)
-                self.ctx.ready()
-                await run_tasks(
-                    {
-                        "emitter-consume": consume(reader, self._handle, committed=self._committed, gate=self._gate),
-                        "emitter-models": self._follow(models),
-                    }
-                )
+                service = await serve(self.bus, self.name, self.description, {SIGNAL_AGAIN: self._again})
+                try:
+                    self.ctx.ready()
+                    await run_tasks(
+                        {
+                            "emitter-consume": consume(
+                                reader,
+                                self._handle,
+                                publish=self._out.publish,
+                                committed=self._committed,
+                                gate=self._gate,
+                                failing=self.ctx.failing,
+                            ),
+                            "emitter-models": self._follow(models),
+                        }
+                    )
+                finally:
+                    with contextlib.suppress(NatsError):
+                        await service.stop()
 
     # --- start-up --------------------------------------------------------------------------------------------------
 
     async def _read_back(self) -> int:
-        """Remembers the newest signals' ids and returns the CANDLES sequence to resume at."""
+        """Remembers the signals of the newest CANDLES sequence that has any and returns it: the place to resume at.
+
+        Signals are written in order and by one process, so everything before it is whole.
+        """
+        self._out = Writer(
+            self.bus, str(SIGNALS.stream), (await self.bus.js.stream_info(str(SIGNALS.stream))).state.last_seq
+        )
         tail = await last_message(self.bus, SIGNALS)
         if tail is None:
             return 1
         last_seq = tail[0]
+        back = READ_BACK
+        while True:
+            start = max(1, last_seq - back + 1)
+            sequences = await self._signals_from(start, last_seq)
+            self._said_until = max(sequences)
+            if start == 1 or sequences[0] < self._said_until:
+                return self._said_until
+            back *= 2
+
+    async def _signals_from(self, start: int, last_seq: int) -> list[int]:
         sequences: list[int] = []
-        async with Reader(
-            self.bus, SIGNALS, name=f"{self.name}-tail", start=max(1, last_seq - READ_BACK + 1), batch=512
-        ) as reader:
+        async with Reader(self.bus, SIGNALS, name=f"{self.name}-tail", start=start, batch=512) as reader:
             async for delivery in reader:
                 self._said.add((delivery.message.id, delivery.message.candles_seq))
                 sequences.append(delivery.message.candles_seq)
                 if delivery.stream_seq >= last_seq:
                     break
-        self._said_until = max(sequences)
-        return min(sequences[-RESUME_BACK:])
+        return sequences
 
     async def _load_activations(self, models: Reader[ModelEvent], resume: int) -> list[ModelEvent]:
         """Reads the models' whole past; returns the releases that nobody answered yet."""
@@ -108,11 +143,13 @@ class Emitter:
         except NotFoundError:
             return []
         while models.position < last:
-            event = (await models.next()).message
+            delivery = await models.next()
+            event = delivery.message
+            self._heard[event.model_name] = max(self._heard.get(event.model_name, 0), delivery.stream_seq)
             key = (event.model_name, event.version)
             if event.event == "released":
                 waiting[key] = event
-            elif event.event in ("activated", "refused"):
+            elif event.event in ANSWERS:
                 waiting.pop(key, None)
                 if event.event == "activated":
                     activated.setdefault(event.timeframe, []).append(event)
@@ -159,6 +196,7 @@ class Emitter:
     async def _follow(self, models: Reader[ModelEvent]) -> None:
         async for delivery in models:
             event = delivery.message
+            self._heard[event.model_name] = max(self._heard.get(event.model_name, 0), delivery.stream_seq)
             if event.event == "released":
                 await self._activate(event)
 
@@ -192,9 +230,47 @@ class Emitter:
             MODELS,
             answer,
             event.model_name,
-            msg_id=f"{what}:{event.version}:{event.state}:{event.at.timestamp()}",
+            msg_id=f"{what}:{event.version}:{secrets.token_hex(8)}",
         )
-        await self.bus.publish_many([message])
+        await self._record(message)
+
+    async def _record(self, message: Outgoing) -> None:
+        """Stores the answer on the condition that no other process has answered for that model meanwhile.
+
+        What a trainer writes in between is answered in its turn.
+        """
+        (name,) = MODELS.parse(message.subject)
+        deadline = time.monotonic() + ANSWER_BUDGET
+        while True:
+            try:
+                at = self._heard.get(name, 0)
+                async for seq, msg_id, event in self._events_after(message.subject, at):
+                    if msg_id == message.msg_id:  # stored, and its acknowledgement was lost
+                        self._heard[name] = seq
+                        return
+                    if event.event in ANSWERS:
+                        raise Superseded(f"{event.version} of {name} was {event.event} by another process.")
+                    at = seq
+                ack = await self.bus.store(message, subject_at=at)
+                self._heard[name] = max(self._heard.get(name, 0), int(ack.seq))
+                return
+            except APIError as error:
+                if error.err_code not in WRONG_LAST:
+                    raise
+            except (BusUnavailable, TimeoutError) as error:
+                if time.monotonic() > deadline:
+                    raise
+                self.log.warning("the answer is tried again", action="emitter.answer", error=str(error))
+                await asyncio.sleep(ANSWER_PAUSE)
+
+    async def _events_after(self, subject: str, seq: int) -> AsyncIterator[tuple[int, str, ModelEvent]]:
+        while True:
+            try:
+                raw = await self.bus.js.get_msg(str(MODELS.stream), seq=seq + 1, subject=subject, next=True)
+            except NotFoundError:
+                return
+            seq = int(raw.seq or 0)
+            yield seq, (raw.headers or {}).get(Header.MSG_ID.value, ""), MODELS.decode(raw.data or b"")
 
     def _serving(self, timeframe: str, candles_seq: int) -> Activation | None:
         for activation in reversed(self.active.get(timeframe, ())):
@@ -225,6 +301,19 @@ class Emitter:
         if len(block.rows) == 1 and not block.replay:
             signal_seconds.observe((now - block.received_at).total_seconds())
         return Done(tuple(out))
+
+    async def _again(self, data: bytes) -> bytes:
+        """`emitter.again`: a FeatureBlock that was parked, tried once more; answers {"signals": N} or {"error": why}."""
+        try:
+            block = FEATURES.decode(data)
+        except msgspec.DecodeError as error:
+            return msgspec.json.encode({"error": f"This is no block of features: {error}."})
+        async with self._gate:
+            delivery = Delivery(block, 0, FEATURES.subject(block.timeframe, block.symbol), 0, time.time(), {})
+            outcome = await self._handle(delivery)
+            messages = outcome.messages if isinstance(outcome, Done) else ()
+            await self._out.publish(messages)
+        return msgspec.json.encode({"signals": len(messages)})
 
     def _signal(self, block: FeatureBlock, row: FeatureRow, activation: Activation | None, now: datetime) -> Signal:
         end = end_time(row.ts, block.timeframe)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, Final
 
 import msgspec
@@ -22,8 +23,9 @@ from nats.js.kv import KeyValue
 from actors.core.history import History, revise, take_in
 from actors.core.series import CHECKPOINT_EVERY, Change, Checkpoint, SeriesState, append, epoch, origin, own, split
 from actors.core.timeframe import from_epoch
-from bus.client import Outgoing, outgoing
+from bus.client import BusUnavailable, Outgoing, outgoing
 from bus.consume import Delivery, Done, Outcome, Reader, StreamReplaced, consume, last_message
+from bus.forward import check_forward
 from bus.store import Store
 from bus.subjects import CANDLES, FEATURE_STATE, FEATURES, key_token
 from bus.supervise import Context, run_tasks
@@ -36,12 +38,15 @@ from bus.telemetry import (
     series_gauge,
     trace_headers,
 )
+from bus.writer import Superseded, Writer
 from schema.messages import MAX_BLOCK_ROWS, CandleBlock, FeatureBlock
 
 CURSOR_KEY: Final = "cursor.0"
 HISTORY_BARS: Final = 1_000_000  # bars of recomputed series kept in memory, all series together (64 MB)
 SNAPSHOT_CHUNK: Final = 32  # snapshots encoded between two batches, so that none of them delays a candle
+SNAPSHOT_BUDGET: Final = 10.0  # seconds: the next snapshot stores what this one did not
 ARCHIVE_PATIENCE: Final = 60.0
+BUCKET: Final = f"KV_{FEATURE_STATE}"
 
 
 class Cursor(msgspec.Struct, frozen=True):
@@ -57,6 +62,7 @@ class TooManySeries(Exception):
 
 class Features:
     name: ClassVar[str] = "features"
+    owned: ClassVar[bool] = True
     description: ClassVar[str] = "Turns closed candles into features, incrementally."
 
     def __init__(self, ctx: Context) -> None:
@@ -72,6 +78,8 @@ class Features:
         self.restored = True  # states come from snapshots, so that an unknown subject is a new series
         self._making = 0
         self._run = ""  # tells the message ids of a rebuild from those of the run whose messages were lost
+        self._out = Writer(self.bus, str(FEATURES.stream), 0)
+        self._snapshot_writer = Writer(self.bus, BUCKET, 0)
         self._stored = Cursor()
         self._dirty: set[str] = set()
         self._checkpoints: dict[tuple[str, int], bytes] = {}  # not stored yet
@@ -88,7 +96,14 @@ class Features:
             try:
                 await run_tasks(
                     {
-                        "features-consume": consume(reader, self._handle, committed=self._committed, gate=self._gate),
+                        "features-consume": consume(
+                            reader,
+                            self._handle,
+                            publish=self._out.publish,
+                            committed=self._committed,
+                            gate=self._gate,
+                            failing=self.ctx.failing,
+                        ),
                         "features-snapshot": self._snapshots(),
                         "features-deferred": self._recompute_deferred(),
                         "features-check": self._check(reconnected),
@@ -97,7 +112,7 @@ class Features:
             finally:
                 forget()
                 if self.bus.connected:
-                    with contextlib.suppress(TimeoutError, NatsError, APIError):
+                    with contextlib.suppress(TimeoutError, NatsError, APIError, BusUnavailable, Superseded):
                         async with asyncio.timeout(2.0):
                             await self._snapshot()
                 if self._store is not None:
@@ -108,8 +123,12 @@ class Features:
     async def _recover(self) -> int:
         """Loads what is known and returns the stream sequence to read on from."""
         kv = await self.bus.js.key_value(FEATURE_STATE)
+        # Where the streams end before anything of them is read: what comes to stand behind that is somebody else's.
+        self._snapshot_writer = Writer(self.bus, BUCKET, (await self.bus.js.stream_info(BUCKET)).state.last_seq)
         info = await self.bus.js.stream_info(str(CANDLES.stream))
         last, self.first_seq = info.state.last_seq, max(info.state.first_seq, 1)
+        end = (await self.bus.js.stream_info(str(FEATURES.stream))).state.last_seq
+        self._out = Writer(self.bus, str(FEATURES.stream), end)
         tail = await last_message(self.bus, FEATURES)
         if tail is not None:
             block = tail[1]
@@ -118,9 +137,9 @@ class Features:
         cursor = await self._load_cursor(kv)
         states = await self._load_states(kv)
         reason = None
-        if cursor.seq > last or any(state.seq > last for state in states.values()):
+        check_forward(last, max(cursor.seq, self.whole))
+        if any(state.seq > last for state in states.values()):
             reason = f"a snapshot is newer than the log, which ends at {last}"
-            self.whole = min(self.whole, last)
         elif self.whole < cursor.made and self.first_seq <= cursor.made:
             reason = f"FEATURES ends at {self.whole} instead of {cursor.made}"
         elif cursor.seq and (missing := await self._without_snapshot(states, cursor.seq)):
@@ -348,7 +367,7 @@ class Features:
         self._keep(subject, change)
         head = blocks[-1][1]
         messages = _messages(head, seq, change, {"Nats-Msg-Id": f"deferred:{blocks[0][0]}"}, self._run)
-        await self.bus.publish_many(messages)
+        await self._out.publish(messages)
         state.deferred = []
         self._quiet_since.pop(subject, None)
         self.made = self._making = max(self.made, seq)
@@ -361,14 +380,13 @@ class Features:
             await asyncio.sleep(self.ctx.settings.features.snapshot_seconds)
             try:
                 await self._snapshot()
-            except (NatsError, APIError) as error:
+            except (NatsError, APIError, BusUnavailable) as error:
                 self.log.warning(
                     "snapshot put off", action="features.snapshot", error=f"{type(error).__name__}: {error}"
                 )
 
     async def _snapshot(self) -> None:
         """Stores the state of every series that changed, then the cursor: a crash in between repeats some work."""
-        kv = await self.bus.js.key_value(FEATURE_STATE)
         async with self._gate:
             cursor = Cursor(seq=self.handled, made=self.made)
             todo, self._dirty = sorted(self._dirty), set()
@@ -376,9 +394,12 @@ class Features:
         chunk: list[str] = []
         try:
             # Checkpoints first: one that the snapshot does not know of yet is passed over, a missing one costs time.
-            for subject, number in list(points):
-                await kv.put(_key(self.states[subject], number), points[subject, number])
-                del points[subject, number]
+            for lo in range(0, len(points), SNAPSHOT_CHUNK):
+                part = list(points)[lo : lo + SNAPSHOT_CHUNK]
+                await self._put(
+                    (_key(self.states[subject], number), points[subject, number]) for subject, number in part
+                )
+            points = {}
             while todo:
                 async with self._gate:
                     chunk, todo = todo[:SNAPSHOT_CHUNK], todo[SNAPSHOT_CHUNK:]
@@ -386,15 +407,25 @@ class Features:
                         (_key(state), msgspec.json.encode(state))
                         for state in (self.states[subject] for subject in chunk)
                     ]
-                for key, value in encoded:
-                    await kv.put(key, value)
+                await self._put(encoded)
         except BaseException:
             self._dirty.update(todo, chunk)
             self._checkpoints = points | self._checkpoints
             raise
         if cursor != self._stored:
-            await kv.put(CURSOR_KEY, msgspec.json.encode(cursor))
+            await self._put([(CURSOR_KEY, msgspec.json.encode(cursor))])
             self._stored = cursor
+
+    async def _put(self, values: Iterable[tuple[str, bytes]]) -> None:
+        """Values of the bucket, each on the condition that its key is as this process left it."""
+        await self._snapshot_writer.publish(
+            [
+                # No two puts have one id: the same value again is a put like any other.
+                Outgoing(f"$KV.{FEATURE_STATE}.{key}", value, secrets.token_hex(12), BUCKET)
+                for key, value in values
+            ],
+            budget=SNAPSHOT_BUDGET,
+        )
 
     async def _check(self, reconnected: asyncio.Event) -> None:
         """After every reconnect: does FEATURES still hold what was published? If not, recover."""

@@ -18,8 +18,9 @@ from nats.errors import Error as NatsError
 from actors.core.batching import Batch, reduce_features, reduce_signals
 from bus.client import BusUnavailable
 from bus.consume import Delivery, Reader, park
+from bus.forward import check_forward
 from bus.store import Store, StoreRejected, StoreUnavailable
-from bus.subjects import FEATURES, SIGNALS, Channel
+from bus.subjects import CANDLES, FEATURES, SIGNALS, Channel
 from bus.supervise import ConfigurationError, Context, run_tasks
 from bus.telemetry import archive_up, cursor_lag, cursor_lag_seconds, recorder_rows_total
 from schema.messages import FeatureBlock, Message, Signal
@@ -57,12 +58,17 @@ class Cursor:
     stored_at: datetime
 
 
+class CursorMoved(Exception):
+    """Another recorder has stored meanwhile, or a commit of ours was not heard of: this one resumes from the cursor."""
+
+
 class MessageMoved(Exception):
     """Another message stands at the cursor: the stream lost its tail and grew again, so it is read from its start."""
 
 
 class Recorder:
     name: ClassVar[str] = "recorder"
+    owned: ClassVar[bool] = True
     description: ClassVar[str] = "archives candles, features and signals in PostgreSQL"
 
     def __init__(self, ctx: Context) -> None:
@@ -71,6 +77,7 @@ class Recorder:
         self._ctx = ctx
         self._url = ctx.database_url
         self._archive = _Archive(ctx.log)
+        self._at: dict[str, Cursor | None] = {}  # by reader: the cursor as this recorder knows it
         self._opening = {FEATURE_SINK.channel.prefix, SIGNAL_SINK.channel.prefix}
 
     async def run(self) -> None:
@@ -132,8 +139,10 @@ class Recorder:
         if created is None:
             raise BusUnavailable(f"NATS does not say when stream {stream} was made.")
         if row is None:
+            self._at[_reader(sink)] = None
             return None, created
-        cursor = Cursor(row["stream_seq"], row["stream_created"], row["stored_at"])
+        await self._check_log(row["candles_seq"])
+        cursor = self._at[_reader(sink)] = Cursor(row["stream_seq"], row["stream_created"], row["stored_at"])
         if cursor.stream_created != created or info.state.last_seq < cursor.stream_seq:
             self._ctx.log.warning(
                 "stream was made anew or lost its tail, reads it from its start",
@@ -153,6 +162,13 @@ class Recorder:
             )
         return cursor, created
 
+    async def _check_log(self, archived: int) -> None:
+        try:
+            info = await self._ctx.bus.js.stream_info(str(CANDLES.stream))
+        except (NatsError, TimeoutError, OSError) as error:
+            raise BusUnavailable(f"Stream CANDLES cannot be read ({error}): run `mt5 topology apply`.") from error
+        check_forward(info.state.last_seq, archived)
+
     async def _verify(self, sink: Sink[M], cursor: Cursor, created: datetime, first: Delivery[M]) -> None:
         """Compares the cursor's message with what stands there; stores ``first`` where it is a later one."""
         if first.stream_seq > cursor.stream_seq:
@@ -166,7 +182,7 @@ class Recorder:
             if not self._opening:
                 self._ctx.ready()
 
-    async def _gather(self, sink: Sink[M], reader: Reader[M]) -> tuple[list[Delivery[M]], Batch]:
+    async def _gather(self, sink: Sink[M], reader: Reader[M]) -> tuple[list[Delivery[M]], Batch | None]:
         """One message and those that come within ``linger`` of it, up to about ``batch_rows`` rows."""
         settings = self._ctx.settings.recorder
         out = [await reader.next()]
@@ -178,14 +194,17 @@ class Recorder:
             except TimeoutError:
                 break
             rows += sink.rows(out[-1].message)
-        return out, sink.reduce(d.message for d in out)
+        try:
+            return out, _reduced(sink, out)
+        except StoreRejected:
+            return out, None  # which of them it is comes out where they are stored
 
     async def _store_all(
         self, sink: Sink[M], deliveries: Sequence[Delivery[M]], created: datetime, batch: Batch | None = None
     ) -> None:
         """Stores a batch; what PostgreSQL refuses is bisected down to single messages, which are parked."""
         try:
-            await self._write(sink, deliveries, created, batch or sink.reduce(d.message for d in deliveries))
+            await self._write(sink, deliveries, created, batch or _reduced(sink, deliveries))
         except StoreRejected as error:
             if len(deliveries) > 1:
                 middle = len(deliveries) // 2
@@ -194,28 +213,36 @@ class Recorder:
                 return
             bad = deliveries[0]
             data = sink.channel.encode(bad.message)
-            await park(self._ctx.bus, self.name, bad.subject, data, bad.headers, f"PostgreSQL refused it: {error}")
+            await park(self._ctx.bus, self.name, bad.subject, data, bad.headers, f"the archive refused it: {error}")
             await self._write(sink, deliveries, created, Batch((), 0))
 
     async def _write(self, sink: Sink[M], deliveries: Sequence[Delivery[M]], created: datetime, batch: Batch) -> None:
         last = deliveries[-1]
-        stored_at = datetime.fromtimestamp(last.stored_at, UTC)
+        reader, stored_at = _reader(sink), datetime.fromtimestamp(last.stored_at, UTC)
+        was = self._at[reader]
 
         async def attempt() -> None:
             async with self._store.transaction() as connection:
-                await connection.execute(
+                moved = await connection.fetchval(
                     self._store.sql("move_cursor"),
-                    _reader(sink),
+                    reader,
                     PARTITION,
                     batch.candles_seq,
                     last.stream_seq,
                     created,
                     stored_at,
+                    was.stream_seq if was is not None else None,
+                    was.stream_created if was is not None else None,
                 )
+                if moved is None:
+                    raise CursorMoved(
+                        f"the cursor of {reader} is no longer at {was.stream_seq if was else 'its start'}"
+                    )
                 for statement in batch.statements:
                     await connection.execute(self._store.sql(statement.query), *statement.columns)
 
         await self._archive.insist(attempt)
+        self._at[reader] = Cursor(last.stream_seq, created, stored_at)
         for statement in batch.statements:
             table = TABLES.get(statement.query)
             if table is not None:
@@ -249,6 +276,14 @@ class _Archive:
                 self._away_since = None
                 self._log.info("PostgreSQL is back", action="recorder.back", seconds=seconds)
             return result
+
+
+def _reduced(sink: Sink[M], deliveries: Sequence[Delivery[M]]) -> Batch:
+    """Raises StoreRejected where the messages cannot be turned into rows, so that the one at fault is found and parked."""
+    try:
+        return sink.reduce(d.message for d in deliveries)
+    except Exception as error:
+        raise StoreRejected(f"it cannot be turned into rows ({type(error).__name__}: {error})") from error
 
 
 def _reader(sink: Sink[M]) -> str:

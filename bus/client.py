@@ -41,7 +41,7 @@ def _credentials(url: str) -> tuple[str, str | None, str | None]:
     return bare, user, unquote(parts.password) if parts.password else None
 
 
-def _passing(error: APIError) -> bool:
+def passing(error: APIError) -> bool:
     """Whether the same message may be stored when it is sent again."""
     return error.err_code in STREAM_FULL or error.err_code == OUT_OF_ORDER or (error.code or 0) >= 500
 
@@ -64,9 +64,14 @@ class Outgoing:
     stream: str
     headers: Mapping[str, str] = field(default_factory=dict)
 
-    def wire_headers(self, after: Outgoing | None = None) -> dict[str, str]:
-        """``after``: the stream takes this message only where its last one is that one (or has both)."""
+    def wire_headers(self, after: Outgoing | None = None, subject_at: int | None = None) -> dict[str, str]:
+        """``after``: the stream takes this message only where its last one is that one (or has both).
+
+        ``subject_at``: only where the last message of the subject has that sequence.
+        """
         headers = {**self.headers, Header.MSG_ID.value: self.msg_id, Header.EXPECTED_STREAM.value: self.stream}
+        if subject_at is not None:
+            headers[Header.EXPECTED_LAST_SUBJECT_SEQUENCE.value] = str(subject_at)
         if after is not None and after.stream == self.stream:
             headers[Header.EXPECTED_LAST_MSG_ID.value] = after.msg_id
         return headers
@@ -187,8 +192,11 @@ class Bus:
         ack = await self.store(outgoing(channel, message, *tokens, msg_id=msg_id, headers=headers))
         return int(ack.seq)
 
-    async def store(self, message: Outgoing, timeout: float | None = None) -> PubAck:
-        """:meth:`publish` for a message that is already encoded; a duplicate is an acknowledgement too."""
+    async def store(self, message: Outgoing, timeout: float | None = None, *, subject_at: int | None = None) -> PubAck:
+        """:meth:`publish` for a message that is already encoded; a duplicate is an acknowledgement too.
+
+        ``subject_at``: only where the subject's last message has this sequence (0: none), else APIError.
+        """
         if not self.nc.is_connected:
             # nats-py would buffer it and may still store it after the reconnect: say "unknown" at once instead.
             raise BusUnavailable("NATS is not connected.")
@@ -197,10 +205,10 @@ class Bus:
                 message.subject,
                 message.payload,
                 timeout=timeout or self.settings.publish_timeout,
-                headers=message.wire_headers(),
+                headers=message.wire_headers(subject_at=subject_at),
             )
         except APIError as error:
-            if _passing(error):
+            if passing(error):
                 raise BusUnavailable(f"NATS refused to store on {message.subject}: {error.description}.") from error
             raise
         except (NatsError, TimeoutError, OSError) as error:
@@ -293,7 +301,7 @@ class Bus:
             answer = None if future.cancelled() else future.result()
             if isinstance(answer, PubAck):
                 acks[i] = answer
-            elif isinstance(answer, APIError) and not _passing(answer):
+            elif isinstance(answer, APIError) and not passing(answer):
                 raise answer
 
     async def emit(self, channel: Channel[M], message: M, *tokens: str) -> None:

@@ -10,9 +10,10 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
@@ -26,7 +27,10 @@ from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy, StreamInfo
 from nats.js.errors import APIError, NotFoundError
 
 from bus.client import Bus, BusUnavailable, Outgoing
+from bus.store import StoreUnavailable
 from bus.subjects import REJECTS, Channel
+from bus.telemetry import parked_total
+from bus.writer import Superseded
 from schema.messages import Message, Reject
 
 log = structlog.get_logger(__name__)
@@ -38,7 +42,28 @@ HEARTBEAT: Final = 5.0  # the server says this often that an idle request is ali
 SILENCE: Final = 2 * HEARTBEAT + 1.0
 DRAIN_BUDGET: Final = 3.0  # seconds that a handler has to finish its message once the actor is asked to stop
 REOPEN_MAX: Final = 5.0  # longest pause between tries to make a consumer again
-INACTIVE: Final = 3_600.0  # the server drops a consumer that nobody reads for this long
+INACTIVE: Final = 300.0  # the server drops a consumer that nobody reads for this long, as after a crash
+
+
+POISON_TRIES: Final = 3  # times that a message may fail its actor before it is parked
+
+
+class Failing:
+    """Messages that failed their actor, over its restarts: one that fails again and again must not hold up the rest."""
+
+    def __init__(self) -> None:
+        self._failures: dict[tuple[str, int], tuple[int, str]] = {}
+
+    def count(self, stream: str, seq: int, error: Exception) -> None:
+        times = self._failures.get((stream, seq), (0, ""))[0]
+        self._failures = {
+            (stream, seq): (times + 1, f"{type(error).__name__}: {error}")
+        }  # order is kept: one at a time
+
+    def verdict(self, stream: str, seq: int) -> str | None:
+        """Why a message is to be parked, None where it may be tried."""
+        times, error = self._failures.get((stream, seq), (0, ""))
+        return f"failed {times} times, last with {error}" if times >= POISON_TRIES else None
 
 
 class StreamReplaced(Exception):
@@ -80,6 +105,9 @@ class Rejected:
 
 
 Outcome = Done | Retry | Rejected
+Publish = Callable[[Sequence[Outgoing]], Awaitable[Any]]
+# What ends a handler through no fault of its message.
+PASSING: Final = (BusUnavailable, StreamReplaced, Superseded, NatsError, APIError, StoreUnavailable)
 
 
 def _position(msg: Msg) -> tuple[int, int, float]:
@@ -107,6 +135,7 @@ class Reader(Generic[M]):
         self.bus = bus
         self.channel = channel
         self.name = name
+        self.consumer = f"{name}-{secrets.token_hex(4)}"  # its own: a process that wakes up late must not take it away
         self.stream = channel.stream
         self.position = max(start, 1) - 1  # last stream sequence handed out
         self.last_seen = 0  # the stream's last sequence as far as known
@@ -136,7 +165,7 @@ class Reader(Generic[M]):
         await self._unsubscribe()
         if self.bus.connected:
             with contextlib.suppress(NatsError, TimeoutError):
-                await self.bus.js.delete_consumer(self.stream, self.name)
+                await self.bus.js.delete_consumer(self.stream, self.consumer)
 
     async def __aiter__(self) -> AsyncIterator[Delivery[M]]:
         while True:
@@ -213,7 +242,7 @@ class Reader(Generic[M]):
         request = {"batch": self._batch, "expires": int(EXPIRES * 1e9), "idle_heartbeat": int(HEARTBEAT * 1e9)}
         self._outstanding += self._batch
         await self.bus.nc.publish(
-            f"$JS.API.CONSUMER.MSG.NEXT.{self.stream}.{self.name}", json.dumps(request).encode(), reply=self._inbox
+            f"$JS.API.CONSUMER.MSG.NEXT.{self.stream}.{self.consumer}", json.dumps(request).encode(), reply=self._inbox
         )
 
     async def _on_message(self, msg: Msg) -> None:
@@ -281,11 +310,11 @@ class Reader(Generic[M]):
             )
         self.last_seen = max(self.last_seen, info.state.last_seq)
         with contextlib.suppress(NotFoundError):
-            await self.bus.js.delete_consumer(self.stream, self.name)
+            await self.bus.js.delete_consumer(self.stream, self.consumer)
         await self.bus.js.add_consumer(
             self.stream,
             ConsumerConfig(
-                name=self.name,
+                name=self.consumer,
                 deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
                 opt_start_seq=self._received + 1,
                 ack_policy=AckPolicy.NONE,
@@ -320,6 +349,7 @@ async def park(
         headers=dict(headers),
     )
     log.error("parked", action="consume.parked", where=where, subject=subject, reason=reason)
+    parked_total.inc(actor=where)
     while True:
         try:
             await bus.publish(
@@ -335,22 +365,26 @@ async def consume(
     reader: Reader[M],
     handler: Callable[[Delivery[M]], Awaitable[Outcome]],
     *,
+    publish: Publish | None = None,
     committed: Callable[[Delivery[M]], None] = lambda _: None,
     gate: asyncio.Lock | None = None,
+    failing: Failing | None = None,
     most: int = BATCH,
     drain_budget: float = DRAIN_BUDGET,
 ) -> None:
     """Hands each message to ``handler`` in order and does what its outcome says, until cancelled.
 
-    All that waits is handled as one batch and its messages are published together; ``committed`` then hears of the
-    batch's last delivery. ``gate`` is held meanwhile: whoever else takes it finds the actor between two batches.
+    All that waits is handled as one batch and its messages go to ``publish`` together; ``committed`` then hears of the
+    batch's last delivery. A handler that makes none needs no ``publish``. ``gate`` is held meanwhile: whoever else takes it finds the actor between two batches.
+    A message that failed its actor :data:`POISON_TRIES` times, as ``failing`` remembers, is parked.
     A cancellation waits up to ``drain_budget`` seconds for the batch in hand.
     """
     gate = gate or asyncio.Lock()
+    failing = failing or Failing()
 
     async def work(batch: list[Delivery[M]]) -> None:
         async with gate:
-            await _handle(reader, batch, handler)
+            await _handle(reader, batch, handler, publish or _nowhere, failing)
             committed(batch[-1])
 
     while True:
@@ -367,20 +401,29 @@ async def consume(
             raise
 
 
+async def _nowhere(messages: Sequence[Outgoing]) -> None:
+    if messages:
+        raise ValueError(f"{len(messages)} messages were made by a handler that has nowhere to publish them")
+
+
 async def _handle(
-    reader: Reader[M], batch: list[Delivery[M]], handler: Callable[[Delivery[M]], Awaitable[Outcome]]
+    reader: Reader[M],
+    batch: list[Delivery[M]],
+    handler: Callable[[Delivery[M]], Awaitable[Outcome]],
+    publish: Publish,
+    failing: Failing,
 ) -> None:
     made: list[Outgoing] = []
     for delivery in batch:
         while True:
-            outcome = await handler(delivery)
+            outcome = await _outcome(reader, delivery, handler, failing)
             match outcome:
                 case Done(messages):
                     made.extend(messages)
                     break
                 case Retry(after, reason):
                     # What came before must not wait for it.
-                    await reader.bus.publish_many(made)
+                    await publish(made)
                     made.clear()
                     log.warning("message is tried again", action="consume.again", reason=reason, after=after)
                     await asyncio.sleep(after)
@@ -388,7 +431,26 @@ async def _handle(
                     data = reader.channel.encode(delivery.message)
                     await park(reader.bus, reader.name, delivery.subject, data, delivery.headers, reason)
                     break
-    await reader.bus.publish_many(made)
+    await publish(made)
+
+
+async def _outcome(
+    reader: Reader[M],
+    delivery: Delivery[M],
+    handler: Callable[[Delivery[M]], Awaitable[Outcome]],
+    failing: Failing,
+) -> Outcome:
+    """The handler's; a handler that fails has left its actor's state half changed, so the actor starts again."""
+    reason = failing.verdict(reader.stream, delivery.stream_seq)
+    if reason is not None:
+        return Rejected(reason)
+    try:
+        return await handler(delivery)
+    except PASSING:
+        raise
+    except Exception as error:
+        failing.count(reader.stream, delivery.stream_seq, error)
+        raise
 
 
 async def last_message(bus: Bus, channel: Channel[M]) -> tuple[int, M] | None:

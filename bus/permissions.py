@@ -14,12 +14,15 @@ from bus.subjects import (
     FORMING,
     MODEL_FILES,
     MODELS,
+    OWNERS,
     PROMOTE,
     REJECTS,
     ROLLBACK,
+    SIGNAL_AGAIN,
     SIGNALS,
     TRAIN,
     Channel,
+    owner_consumer,
 )
 from bus.topology import model_name
 from schema.timeframes import TIMEFRAMES
@@ -57,6 +60,16 @@ def _bucket(name: str) -> tuple[str, ...]:
     return (f"$KV.{name}.>", *_read(f"KV_{name}"), f"{API}.STREAM.PURGE.KV_{name}")
 
 
+def _owner(actor: str) -> tuple[str, ...]:
+    """What a process needs to be given its actor's work, and to hand it on."""
+    stream, consumer = f"KV_{OWNERS}", owner_consumer(actor)
+    return (
+        f"{API}.CONSUMER.MSG.NEXT.{stream}.{consumer}",
+        f"{API}.CONSUMER.UNPIN.{stream}.{consumer}",
+        f"$JS.ACK.{stream}.{consumer}.>",
+    )
+
+
 _FILES_READ: Final = (*_read(f"OBJ_{MODEL_FILES}"), "$JS.FC.>")
 _FILES_WRITE: Final = (f"$O.{MODEL_FILES}.>", *_FILES_READ, f"{API}.STREAM.PURGE.OBJ_{MODEL_FILES}")
 
@@ -92,6 +105,7 @@ _PUBLISH: Final[dict[str, tuple[str, ...]]] = {
         *_read(_name(CANDLES)),
         *_read(_name(FEATURES)),
         *_bucket(FEATURE_STATE),
+        *_owner("features"),
     ),
     "emitter": (
         SIGNALS.wildcard,
@@ -100,15 +114,21 @@ _PUBLISH: Final[dict[str, tuple[str, ...]]] = {
         *_read(_name(SIGNALS)),
         *_read(_name(MODELS)),
         *_FILES_READ,
+        *_owner("emitter"),
     ),
-    "recorder": (*_read(_name(FEATURES)), *_read(_name(SIGNALS))),
+    "recorder": (
+        *_read(_name(FEATURES)),
+        *_read(_name(SIGNALS)),
+        f"{API}.STREAM.INFO.{_name(CANDLES)}",
+        *_owner("recorder"),
+    ),
     "trainer": (*_MODELS, *_read(_name(MODELS)), *_FILES_WRITE),
 }
 
 _SUBSCRIBE: Final[dict[str, tuple[str, ...]]] = {
     "collector": (),
     "features": (),
-    "emitter": (),
+    "emitter": (SIGNAL_AGAIN,),
     "recorder": (),
     "trainer": (TRAIN, PROMOTE, ROLLBACK),
 }

@@ -25,7 +25,7 @@ from schema.sql import queries
 from schema.timeframes import SECONDS
 
 CONNECT_TIMEOUT: Final = 5.0  # seconds to a new connection, and to a free one of the pool
-COMMAND_TIMEOUT: Final = 60.0  # a statement that takes longer counts as an outage: a frozen server is noticed
+COMMAND_TIMEOUT: Final = 30.0  # a statement that takes longer counts as an outage: a frozen server is noticed
 RETRY_EVERY: Final = 0.2  # seconds between the tries of wait_until_up
 CLOSE_BUDGET: Final = 2.0  # seconds that connections in use have at the stop
 

@@ -79,12 +79,19 @@ CHANNELS: Final[tuple[Channel[Message], ...]] = (CANDLES, FEATURES, SIGNALS, FOR
 # KV buckets and the object store (JetStream keeps them as streams KV_<name> and OBJ_<name>).
 FEATURE_STATE: Final = "feature_state"
 CLOCK: Final = "clock"
+OWNERS: Final = "owners"
 MODEL_FILES: Final = "models"
 
 # Requests that actors answer as NATS micro services.
 TRAIN: Final = "trainer.train"
 PROMOTE: Final = "models.promote"
 ROLLBACK: Final = "models.rollback"
+SIGNAL_AGAIN: Final = "emitter.again"
+
+
+def owner_consumer(actor: str, partition: int = 0) -> str:
+    """The consumer of the bucket ``owners`` that hands out an actor's share of the series."""
+    return f"{actor}-{partition}"
 
 
 _KEY_SAFE: Final = re.compile(r"[^A-Za-z0-9_-]")

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, Protocol
 
 import structlog
@@ -17,8 +17,11 @@ from nats.micro.request import Request
 from nats.micro.service import EndpointConfig, Service, ServiceConfig
 
 from bus.client import Bus, BusTooOld, BusUnavailable
-from bus.consume import StreamReplaced
+from bus.consume import Failing, StreamReplaced
+from bus.forward import WentBackwards
+from bus.ownership import Ownership, OwnershipLost
 from bus.telemetry import actor_restarts_total
+from bus.writer import Superseded
 from schema.settings import Settings
 
 BACKOFF_FIRST: Final = 0.2
@@ -43,9 +46,12 @@ class Context:
     database_url: str | None
     ready: Callable[[], None]
     log: Any
+    failing: Failing = field(default_factory=Failing)  # outlives the actor's restarts
 
 
 class Actor(Protocol):
+    """An actor with ``owned = True`` runs only while its process owns its work; others of its kind wait as standbys."""
+
     name: ClassVar[str]
     description: ClassVar[str]
 
@@ -116,6 +122,7 @@ async def _run_actor(
 ) -> None:
     log = structlog.get_logger(actor.name).bind(actor=actor.name)
     backoff = BACKOFF_FIRST
+    failing = Failing()
 
     def ready() -> None:
         log.info("ready", action="actor.ready")
@@ -127,14 +134,14 @@ async def _run_actor(
         try:
             bus = await Bus.connect(nats_url, name=actor.name, settings=settings.nats)
             await serve_if_needed(bus, actor)
-            await actor(Context(settings, bus, database_url, ready, log)).run()
+            await _work(actor, Context(settings, bus, database_url, ready, log, failing))
             log.error("ended although it should run for ever", action="actor.ended")
         except asyncio.CancelledError:
             raise
-        except (ConfigurationError, BusTooOld):
+        except (ConfigurationError, BusTooOld, WentBackwards):
             raise
-        except (BusUnavailable, StreamReplaced, NatsError, APIError) as error:
-            # The bus is away, or what it holds has changed: starting again is how an actor recovers from either.
+        except (BusUnavailable, StreamReplaced, Superseded, OwnershipLost, NatsError, APIError) as error:
+            # The bus is away, what it holds has changed, or another process works: starting again recovers from each.
             log.warning("starts again", action="actor.again", error=f"{type(error).__name__}: {error}")
         except Exception:
             log.exception("failed and is started again", action="actor.failed")
@@ -146,6 +153,18 @@ async def _run_actor(
             backoff = BACKOFF_FIRST
         await asyncio.sleep(backoff)
         backoff = min(2 * backoff, BACKOFF_MAX)
+
+
+async def _work(actor: type[Actor], ctx: Context) -> None:
+    if not getattr(actor, "owned", False):
+        await actor(ctx).run()
+        return
+    ownership = Ownership(ctx.bus, actor.name)
+    try:
+        await ownership.acquire(standby=ctx.ready)
+        await run_tasks({actor.name: actor(ctx).run(), f"{actor.name}-owner": ownership.hold()})
+    finally:
+        await ownership.release()
 
 
 async def serve_if_needed(bus: Bus, actor: type[Actor]) -> None:
@@ -167,6 +186,7 @@ async def run_actors(
 
     Raises:
         ConfigurationError: an actor cannot run with these settings.
+        WentBackwards: CANDLES has lost what was read from it.
     """
     tasks = {
         asyncio.create_task(

@@ -95,6 +95,8 @@ archive_up: Final = GaugeMetric("mt5_archive_up", "1 while PostgreSQL takes what
 cursor_lag: Final = GaugeMetric("mt5_cursor_lag_messages", "Messages in the stream behind an actor's cursor.")
 cursor_lag_seconds: Final = GaugeMetric("mt5_cursor_lag_seconds", "Age of the newest message an actor has handled.")
 actor_restarts_total: Final = CounterMetric("mt5_actor_restarts_total", "Actors restarted.", unlabelled=False)
+owns_gauge: Final = GaugeMetric("mt5_owner", "1 while this process does the actor's work, 0 while it is a standby.")
+parked_total: Final = CounterMetric("mt5_parked_total", "Messages that an actor parked.", unlabelled=False)
 series_gauge: Final = GaugeMetric("mt5_series", "Series known to an actor.")
 
 

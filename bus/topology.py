@@ -5,14 +5,17 @@ Only the topology command (and ``up``, which runs it first) changes streams; act
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from nats.js import JetStreamContext
 from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
-from nats.js.errors import NotFoundError
+from nats.js.errors import APIError, NotFoundError
 
-from bus.subjects import CANDLES, CLOCK, FEATURE_STATE, FEATURES, MODEL_FILES, MODELS, REJECTS, SIGNALS
+from bus import ownership
+from bus.client import Bus
+from bus.subjects import CANDLES, CLOCK, FEATURE_STATE, FEATURES, MODEL_FILES, MODELS, OWNERS, REJECTS, SIGNALS
 from schema.settings import Streams
 from schema.timeframes import TIMEFRAMES
 
@@ -20,6 +23,8 @@ DUPLICATE_WINDOW: Final = 120.0  # seconds in which a message id is known; reade
 DERIVED_MAX_AGE: Final = 7 * 86_400.0
 REJECTS_MAX_BYTES: Final = 256 * 1024**2
 BUCKET_MAX_BYTES: Final = 1024**3
+OWNERS_MAX_BYTES: Final = 1024**2
+OWNED: Final = ("features", "emitter", "recorder")  # actors of which one process at a time does the work
 
 
 def model_name(timeframe: str) -> str:
@@ -40,7 +45,7 @@ def _stream(name: str, subjects: list[str], **fields: Any) -> StreamConfig:
     return StreamConfig(name=name, subjects=subjects, **(base | fields))
 
 
-def _key_value(bucket: str, max_bytes: int) -> StreamConfig:
+def _key_value(bucket: str, max_bytes: int, **fields: Any) -> StreamConfig:
     # The stream that a NATS key-value bucket is: one value a key, rollups allowed, no deletes by sequence.
     return _stream(
         f"KV_{bucket}",
@@ -50,6 +55,7 @@ def _key_value(bucket: str, max_bytes: int) -> StreamConfig:
         discard=DiscardPolicy.NEW,
         allow_rollup_hdrs=True,
         deny_delete=True,
+        **fields,
     )
 
 
@@ -75,10 +81,21 @@ def wanted(streams: Streams) -> list[StreamConfig]:
             discard=DiscardPolicy.NEW,
             deny_delete=True,
         ),
+        # Their one writer stores many messages as one atomic batch (bus/writer.py).
         _stream(
-            str(FEATURES.stream), [FEATURES.wildcard], max_age=DERIVED_MAX_AGE, max_bytes=streams.derived_max_bytes
+            str(FEATURES.stream),
+            [FEATURES.wildcard],
+            max_age=DERIVED_MAX_AGE,
+            max_bytes=streams.derived_max_bytes,
+            allow_atomic=True,
         ),
-        _stream(str(SIGNALS.stream), [SIGNALS.wildcard], max_age=DERIVED_MAX_AGE, max_bytes=streams.derived_max_bytes),
+        _stream(
+            str(SIGNALS.stream),
+            [SIGNALS.wildcard],
+            max_age=DERIVED_MAX_AGE,
+            max_bytes=streams.derived_max_bytes,
+            allow_atomic=True,
+        ),
         _stream(
             str(MODELS.stream),
             # Each model by name: models.promote and models.rollback are requests, which a stream must not answer.
@@ -88,7 +105,8 @@ def wanted(streams: Streams) -> list[StreamConfig]:
             max_bytes=streams.derived_max_bytes,
         ),
         _stream(str(REJECTS.stream), [REJECTS.wildcard], max_age=30 * 86_400.0, max_bytes=REJECTS_MAX_BYTES),
-        _key_value(FEATURE_STATE, BUCKET_MAX_BYTES),
+        _key_value(FEATURE_STATE, BUCKET_MAX_BYTES, allow_atomic=True),
+        _key_value(OWNERS, OWNERS_MAX_BYTES),
         _key_value(CLOCK, BUCKET_MAX_BYTES // 16),
         _object_store(MODEL_FILES, BUCKET_MAX_BYTES),
     ]
@@ -106,17 +124,24 @@ COMPARED: Final = (
     "deny_delete",
     "allow_rollup_hdrs",
     "num_replicas",
+    "allow_atomic",
 )
+# What of a token's consumer is compared; the server fills in the rest.
+COMPARED_CONSUMER: Final = ("filter_subject", "ack_wait", "priority_groups", "priority_policy", "priority_timeout")
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One field of one stream that is not as wanted; ``field`` is ``missing`` where the stream does not exist."""
+    """One field of one stream that is not as wanted; ``field`` is ``missing`` where the stream does not exist.
+
+    ``consumer`` names the stream's consumer where it is one that differs.
+    """
 
     stream: str
     field: str
     wanted: str
     found: str
+    consumer: str = ""
 
 
 def _text(value: Any) -> str:
@@ -142,26 +167,76 @@ async def _have(js: JetStreamContext, name: str) -> StreamConfig | None:
         return None
 
 
-async def diff(js: JetStreamContext, streams: Streams) -> list[Difference]:
+async def diff(bus: Bus, streams: Streams) -> list[Difference]:
     """What is missing or different on the server; empty when all is as wanted."""
     out: list[Difference] = []
     for want in wanted(streams):
-        out += _differences(want, await _have(js, str(want.name)))
+        out += _differences(want, await _have(bus.js, str(want.name)))
+    for actor in OWNED:
+        out += await _owner_differences(bus, actor)
     return out
 
 
-async def apply(js: JetStreamContext, streams: Streams) -> list[Difference]:
+async def apply(bus: Bus, streams: Streams) -> list[Difference]:
     """Makes or updates what differs and returns what it did. Idempotent; never deletes or purges a stream."""
     done: list[Difference] = []
     for want in wanted(streams):
-        have = await _have(js, str(want.name))
+        have = await _have(bus.js, str(want.name))
         differences = _differences(want, have)
         if not differences:
             continue
         if have is None:
-            await js.add_stream(want)
+            await bus.js.add_stream(want)
         else:
             # What this module does not compare stays as the operator set it.
-            await js.update_stream(replace(have, **{field: getattr(want, field) for field in COMPARED}))
+            await bus.js.update_stream(replace(have, **{field: getattr(want, field) for field in COMPARED}))
+        done += differences
+    for actor in OWNED:
+        differences = await _owner_differences(bus, actor)
+        if differences:
+            await _make_owner(bus, actor, fresh=any(d.field != "token" for d in differences))
         done += differences
     return done
+
+
+# --- the tokens of ownership -----------------------------------------------------------------------------------------
+
+
+async def _owner_differences(bus: Bus, actor: str) -> list[Difference]:
+    want = ownership.consumer_config(actor, 0)
+    name, stream = str(want["name"]), f"KV_{OWNERS}"
+    if await _have(bus.js, stream) is None:
+        return [Difference(stream, "missing", "consumer", "nothing", name)]
+    answer = await _ask(bus, f"CONSUMER.INFO.{stream}.{name}", {})
+    have = answer.get("config")
+    if have is None:
+        return [Difference(stream, "missing", "consumer", "nothing", name)]
+    out = [
+        Difference(stream, field, str(want[field]), str(have.get(field)), name)
+        for field in COMPARED_CONSUMER
+        if want[field] != have.get(field)
+    ]
+    try:
+        await bus.js.get_last_msg(stream, want["filter_subject"])
+    except NotFoundError:
+        out.append(Difference(stream, "token", "a message", "nothing", name))
+    return out
+
+
+async def _make_owner(bus: Bus, actor: str, *, fresh: bool) -> None:
+    config = ownership.consumer_config(actor, 0)
+    stream = f"KV_{OWNERS}"
+    if fresh:
+        await _ask(bus, f"CONSUMER.DELETE.{stream}.{config['name']}", {})  # most of its settings cannot be changed
+        request = {"stream_name": stream, "config": config}
+        answer = await _ask(bus, f"CONSUMER.DURABLE.CREATE.{stream}.{config['name']}", request)
+        if "error" in answer:
+            raise APIError(**answer["error"])
+    await bus.js.publish(str(config["filter_subject"]), actor.encode())
+
+
+async def _ask(bus: Bus, subject: str, request: dict[str, Any]) -> dict[str, Any]:
+    """JetStream's own API, where nats-py has no words for what it says."""
+    reply = await bus.nc.request(f"$JS.API.{subject}", json.dumps(request).encode(), timeout=5.0)
+    answer: dict[str, Any] = json.loads(reply.data)
+    return answer

@@ -273,7 +273,7 @@ async def _nats(places: Places, loaded: Loaded) -> list[Finding]:
             Finding("nats", "ok", f"{version.major}.{version.minor}.{version.patch} at {mask_url(places.need_nats())}")
         ]
         try:
-            differences = await topology.diff(bus.js, loaded.settings.streams)
+            differences = await topology.diff(bus, loaded.settings.streams)
         except (APIError, NatsError, TimeoutError) as error:
             seen = f"JetStream does not answer this user ({type(error).__name__})"
             mend = "Turn JetStream on in nats.conf, and connect as the operator."

@@ -14,7 +14,7 @@ async def show(args: argparse.Namespace) -> int:
     """``topology [--json]``: exit code 1 where something differs."""
     loaded = read()
     async with bus_of(find(loaded), loaded) as bus:
-        differences = await topology.diff(bus.js, loaded.settings.streams)
+        differences = await topology.diff(bus, loaded.settings.streams)
     if args.json:
         write_json({"current": not differences, "differences": [_builtins(item) for item in differences]})
     elif not differences:
@@ -32,7 +32,7 @@ async def apply(args: argparse.Namespace) -> int:
     loaded = read()
     async with bus_of(find(loaded), loaded) as bus:
         try:
-            done = await topology.apply(bus.js, loaded.settings.streams)
+            done = await topology.apply(bus, loaded.settings.streams)
         except APIError as error:
             raise CommandError(f"nats-server refuses the wanted topology: {error.description}.") from error
     if args.json:
@@ -63,11 +63,12 @@ async def migrate(args: argparse.Namespace) -> int:
 
 
 def _builtins(item: topology.Difference) -> dict[str, str]:
-    return {"stream": item.stream, "field": item.field, "wanted": item.wanted, "found": item.found}
+    found = {"stream": item.stream, "field": item.field, "wanted": item.wanted, "found": item.found}
+    return found | ({"consumer": item.consumer} if item.consumer else {})
 
 
 def _table(differences: list[topology.Difference]) -> None:
     write_table(
         ("stream", "field", "wanted", "found"),
-        [(item.stream, item.field, item.wanted, item.found) for item in differences],
+        [(f"{item.stream} {item.consumer}".rstrip(), item.field, item.wanted, item.found) for item in differences],
     )

@@ -291,7 +291,7 @@ async def _apply(loaded: Loaded, servers: _Servers, log: Any) -> CommandError | 
     except (BusUnavailable, BusTooOld) as error:
         return CommandError(str(error), NO)
     try:
-        changed = {difference.stream: None for difference in await topology.apply(bus.js, loaded.settings.streams)}
+        changed = {difference.stream: None for difference in await topology.apply(bus, loaded.settings.streams)}
         if changed:
             log.info("topology applied", action="up.topology", streams=", ".join(changed))
     except APIError as error:
@@ -352,6 +352,7 @@ async def run_child(args: argparse.Namespace) -> int:
     settings = loaded.settings
     from bus import logs
     from bus.client import BusTooOld
+    from bus.forward import WentBackwards
     from bus.supervise import ConfigurationError, run_actors
 
     logs.configure(settings.log)
@@ -373,7 +374,7 @@ async def run_child(args: argparse.Namespace) -> int:
             on_ready=_tell_ready,
             stop=stop,
         )
-    except (ConfigurationError, BusTooOld) as error:
+    except (ConfigurationError, BusTooOld, WentBackwards) as error:
         raise CommandError(str(error), WRONG) from error
     return DONE
 

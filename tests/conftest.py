@@ -88,7 +88,7 @@ def nats_url(nats: NatsServer) -> str:
 async def bus(nats_url: str) -> AsyncIterator[Bus]:
     """The operator's connection, with the topology applied."""
     bus = await Bus.connect(nats_url, name="operator")
-    await topology.apply(bus.js, Streams())
+    await topology.apply(bus, Streams())
     yield bus
     await bus.close()
 

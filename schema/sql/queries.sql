@@ -27,19 +27,28 @@ INSERT INTO schema_migrations (version) VALUES ($1);
 -- reader, partition
 SELECT candles_seq, stream_seq, stream_created, stored_at FROM cursors WHERE reader = $1 AND partition = $2;
 
--- First in the recorder's transaction: the row's lock makes two recorders take turns. A stream made anew restarts the
--- CANDLES sequence too, which is the safe direction: what lies above it is not taken as archived.
+-- First in the recorder's transaction: the row's lock makes two recorders take turns, and the one whose cursor is not
+-- where it left it gets no row back and takes its whole transaction back. A stream made anew restarts the CANDLES
+-- sequence too, which is the safe direction: what lies above it is not taken as archived.
 -- name: move_cursor
--- reader, partition, candles_seq, stream_seq, stream_created, stored_at
+-- reader, partition, candles_seq, stream_seq, stream_created, stored_at; the cursor as it was: stream_seq, stream_created
+-- (null where there was none)
 INSERT INTO cursors AS c (reader, partition, candles_seq, stream_seq, stream_created, stored_at)
-VALUES ($1, $2, $3, $4, $5, $6)
+SELECT $1, $2, $3, $4, $5, $6
+WHERE $7::int8 IS NULL OR EXISTS (SELECT FROM cursors WHERE reader = $1 AND partition = $2)
 ON CONFLICT (reader, partition) DO UPDATE SET
     candles_seq = CASE WHEN c.stream_created = excluded.stream_created
         THEN greatest(c.candles_seq, excluded.candles_seq) ELSE excluded.candles_seq END,
     stream_seq = excluded.stream_seq,
     stream_created = excluded.stream_created,
     stored_at = excluded.stored_at,
-    updated_at = now();
+    updated_at = now()
+WHERE c.stream_seq = $7 AND c.stream_created = $8
+RETURNING c.stream_seq;
+
+-- The newest CANDLES sequence that the archive knows to be whole.
+-- name: highest_candles_seq
+SELECT coalesce(max(candles_seq), 0) FROM cursors;
 
 -- A version whose values and revision are stored already keeps the sequence, source and time it came with.
 -- name: upsert_market_data

@@ -80,7 +80,7 @@ async def system(folder: Path, postgres: str, template: str) -> AsyncIterator[Sy
             bus = await Bus.connect(url, name="operator")
             connection = await asyncpg.connect(database)
             try:
-                await topology.apply(bus.js, settings.streams)
+                await topology.apply(bus, settings.streams)
                 actors = (Collector, Features, Emitter, Recorder)
                 async with running(*actors, nats_url=url, database_url=database, settings=settings):
                     yield System(f"http://127.0.0.1:{port}/ingest", bus, connection)

@@ -66,7 +66,7 @@ class Stage:
             async with cloned_database(self.postgres, self.template) as database:
                 bus = await Bus.connect(url, name="operator")
                 try:
-                    await topology.apply(bus.js, settings.streams)
+                    await topology.apply(bus, settings.streams)
                     async with running(
                         Collector, Features, Emitter, Recorder, nats_url=url, database_url=database, settings=settings
                     ):

@@ -29,6 +29,11 @@ OWNERS = {
     "$O.models.C.x": {"trainer"},
     **{f"rejects.{actor}": {actor} for actor in ACTORS if actor != "collector"},
     "trainer.train": set(),
+    "emitter.again": set(),
+    "$KV.owners.features.0": set(),
+    **{f"$JS.API.CONSUMER.MSG.NEXT.KV_owners.{a}-0": {a} for a in ("features", "emitter", "recorder")},
+    **{f"$JS.API.CONSUMER.UNPIN.KV_owners.{a}-0": {a} for a in ("features", "emitter", "recorder")},
+    **{f"$JS.ACK.KV_owners.{a}-0.x": {a} for a in ("features", "emitter", "recorder")},
     "$KV.clock.x": {"collector"},
     "alerts.warning.clock": {"collector"},
     "$JS.API.STREAM.CREATE.MINE": set(),
@@ -46,6 +51,7 @@ READERS = {
     "SIGNALS": {"collector", "emitter", "recorder"},
     "EVENTS": {"emitter", "trainer"},
 }
+LOOKERS = {"CANDLES": {"recorder"}}  # may ask how far it reaches, and read nothing of it
 
 
 class Wire:
@@ -106,8 +112,10 @@ async def test_an_actor_publishes_its_own_subjects_only(system: System, actor: s
             refused = await wire.publish(subject)
             assert bool(refused) == (actor not in owners), f"{actor} and {subject}: {refused}"
         for stream, readers in READERS.items():
-            refused = await wire.publish(f"$JS.API.STREAM.INFO.{stream}")
+            refused = await wire.publish(f"$JS.API.CONSUMER.MSG.NEXT.{stream}.x")
             assert bool(refused) == (actor not in readers), f"{actor} and the stream {stream}: {refused}"
+            refused = await wire.publish(f"$JS.API.STREAM.INFO.{stream}")
+            assert bool(refused) == (actor not in readers | LOOKERS.get(stream, set())), f"{actor}, {stream}: {refused}"
 
 
 @pytest.mark.parametrize("actor", ACTORS)
@@ -118,6 +126,7 @@ async def test_an_actor_hears_its_own_inbox_and_requests_only(system: System, ac
     allowed = [f"_INBOX_{actor}.x", f"$SRV.PING.{actor}"]
     requests = ["trainer.train", "models.promote", "models.rollback"]
     (allowed if actor == "trainer" else forbidden).extend(requests)
+    (allowed if actor == "emitter" else forbidden).append("emitter.again")
     async with connected(system, actor) as wire:
         for subject in [*forbidden, *allowed]:
             refused = await wire.subscribe(subject)

@@ -133,7 +133,7 @@ async def test_publish_many_gives_up_after_its_budget(bus: Bus, nats: NatsServer
 
 
 async def test_a_full_stream_and_a_wrong_stream_are_told_apart(bus: Bus) -> None:
-    await topology.apply(bus.js, Streams(candles_max_bytes=1_000))
+    await topology.apply(bus, Streams(candles_max_bytes=1_000))
     with pytest.raises(BusUnavailable, match="maximum"):
         await store_each(bus, range(100))
     with pytest.raises(Exception, match="(?i)expected stream"):
@@ -234,7 +234,7 @@ async def test_a_deleted_consumer_is_made_again_without_loss_or_double(bus: Bus)
         assert await take(reader, 10) == list(range(10))
         waiting = asyncio.create_task(take(reader, 10))
         await asyncio.sleep(0)
-        await bus.js.delete_consumer("CANDLES", "r")
+        await bus.js.delete_consumer("CANDLES", reader.consumer)
         await publish(bus, 10, 20)
         assert await waiting == list(range(10, 20))
 
@@ -257,7 +257,7 @@ async def test_a_stream_made_anew_is_not_read_on(bus: Bus) -> None:
     async with Reader(bus, CANDLES, name="r", start=1) as reader:
         await take(reader, 10)
         await bus.js.delete_stream("CANDLES")
-        await topology.apply(bus.js, Streams())
+        await topology.apply(bus, Streams())
         await publish(bus, 20, 40)
         with pytest.raises(StreamReplaced, match="CANDLES"):
             await reader.next(30.0)
@@ -296,7 +296,7 @@ async def test_a_frozen_server_is_noticed_and_read_on_when_it_thaws(bus: Bus, na
 async def test_a_frozen_server_is_noticed_by_the_connection_and_used_again(nats: NatsServer) -> None:
     bus = await Bus.connect(nats.url(OPERATOR), name="operator", settings=Nats(ping_interval=0.3))
     try:
-        await topology.apply(bus.js, Streams())
+        await topology.apply(bus, Streams())
         await publish(bus, 0, 5)
         assert nats.pid is not None
         os.kill(nats.pid, signal.SIGSTOP)
@@ -317,10 +317,10 @@ async def test_a_frozen_server_is_noticed_by_the_connection_and_used_again(nats:
 @pytest.mark.usefixtures("impatient")
 async def test_an_idle_reader_stays_alive_over_many_heartbeats(bus: Bus) -> None:
     async with Reader(bus, CANDLES, name="r", start=1) as reader:
-        before = (await bus.js.consumer_info("CANDLES", "r")).created
+        before = (await bus.js.consumer_info("CANDLES", reader.consumer)).created
         with capture_logs() as logs, pytest.raises(TimeoutError):
             await reader.next(3.0)
-        assert (await bus.js.consumer_info("CANDLES", "r")).created == before
+        assert (await bus.js.consumer_info("CANDLES", reader.consumer)).created == before
         assert not [entry for entry in logs if entry.get("action", "").startswith("consume.")]
         await publish(bus, 0, 1)
         assert await take(reader, 1) == [0]
@@ -360,6 +360,7 @@ async def consuming_with(
     bus: Bus, handler: Callable[[Delivery[CandleBlock]], Awaitable[Outcome]], **options: Any
 ) -> AsyncIterator[asyncio.Task[None]]:
     async with Reader(bus, CANDLES, name="worker", start=1) as reader:
+        options.setdefault("publish", bus.publish_many)
         task = asyncio.create_task(consume(reader, handler, **options))
         try:
             yield task

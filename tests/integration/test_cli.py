@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -130,7 +131,12 @@ def system(start: Callable[..., Running]) -> Running:
 
 def living(processes: list[psutil.Process]) -> list[psutil.Process]:
     """Those that have not ended; a zombie has, whoever has yet to hear of it."""
-    return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def get(url: str) -> int:

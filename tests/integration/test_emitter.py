@@ -35,9 +35,10 @@ async def lose_tail(bus: Bus, keep: int) -> None:
     """SIGNALS as a server has it that lost its tail: neither the messages nor their ids are known any more."""
     kept = [await bus.js.get_msg("SIGNALS", seq=seq) for seq in range(1, keep + 1)]
     await bus.js.delete_stream("SIGNALS")
-    await topology.apply(bus.js, Streams())
+    await topology.apply(bus, Streams())
     for raw in kept:
-        await bus.js.publish(str(raw.subject), raw.data or b"", headers=raw.headers)
+        headers = {"Nats-Msg-Id": (raw.headers or {})["Nats-Msg-Id"]}  # not the batch that it came in
+        await bus.js.publish(str(raw.subject), raw.data or b"", headers=headers)
 
 
 async def test_without_a_model_every_live_candle_says_why_and_history_says_nothing(bus: Bus, nats_url: str) -> None:

@@ -134,7 +134,8 @@ async def test_a_killed_server_and_a_deleted_consumer_are_healed(bus: Bus, nats:
     async with running(Features, nats_url=nats_url, settings=QUICK):
         last = await put(bus, rows[:100], size=10)
         await read_until(bus, FEATURES, reached(last))
-        await bus.js.delete_consumer("CANDLES", "features")
+        (consumer,) = [c.name for c in await bus.js.consumers_info("CANDLES")]
+        await bus.js.delete_consumer("CANDLES", str(consumer))
         last = await put(bus, rows[100:200], size=10)
         await read_until(bus, FEATURES, reached(last))
         nats.stop()

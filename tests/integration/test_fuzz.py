@@ -63,7 +63,7 @@ def target(server_folder: Path) -> Iterator[Target]:
 
     async def serve(url: str) -> None:
         bus = await Bus.connect(url, name="operator")
-        await topology.apply(bus.js, Streams())
+        await topology.apply(bus, Streams())
         wanted = Settings(gateway=Gateway(port=port), nats=Nats())
         async with running(Collector, nats_url=url, settings=wanted):
             ready.set()

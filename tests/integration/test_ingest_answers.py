@@ -92,7 +92,7 @@ async def _door(folder: Path, gateway: Gateway) -> AsyncIterator[Door]:
     with nats_server(Path(tempfile.mkdtemp(prefix="nats-", dir=folder))) as server:
         url = server.url(OPERATOR)
         bus = await Bus.connect(url, name="operator")
-        await topology.apply(bus.js, Streams())
+        await topology.apply(bus, Streams())
         async with running(Collector, nats_url=url, settings=settings), aiohttp.ClientSession() as http:
             yield Door(f"http://127.0.0.1:{port}", http, bus, server)
         await bus.close()

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 
 import pytest
-from nats.js import JetStreamContext
 from nats.js.api import DiscardPolicy
 from nats.js.errors import APIError, NotFoundError
 
@@ -20,26 +19,46 @@ from schema.settings import Streams
 from schema.timeframes import TIMEFRAMES
 from tests.builders import block, put, walk
 
-NAMES = {"CANDLES", "FEATURES", "SIGNALS", "EVENTS", "REJECTS", "KV_feature_state", "KV_clock", "OBJ_models"}
+NAMES = {
+    "CANDLES",
+    "FEATURES",
+    "SIGNALS",
+    "EVENTS",
+    "REJECTS",
+    "KV_feature_state",
+    "KV_clock",
+    "KV_owners",
+    "OBJ_models",
+}
 
 
 @pytest.fixture
-async def js(nats_url: str) -> AsyncIterator[JetStreamContext]:
+async def empty(nats_url: str) -> AsyncIterator[Bus]:
     """An empty server."""
     bus = await Bus.connect(nats_url, name="operator")
-    yield bus.js
+    yield bus
     await bus.close()
 
 
-async def test_an_empty_server_lacks_everything_and_apply_is_idempotent(js: JetStreamContext) -> None:
-    missing = await topology.diff(js, Streams())
+async def test_an_empty_server_lacks_everything_and_apply_is_idempotent(empty: Bus) -> None:
+    missing = await topology.diff(empty, Streams())
     assert {d.stream for d in missing} == NAMES
-    assert {(d.field, d.wanted, d.found) for d in missing} == {("missing", "stream", "nothing")}
-    assert await topology.apply(js, Streams()) == missing
-    assert await topology.diff(js, Streams()) == []
-    created = {name: (await js.stream_info(name)).created for name in NAMES}
-    assert await topology.apply(js, Streams()) == []
-    assert {name: (await js.stream_info(name)).created for name in NAMES} == created
+    assert {(d.field, d.found) for d in missing} == {("missing", "nothing")}
+    assert {d.consumer for d in missing if d.wanted == "consumer"} == {"features-0", "emitter-0", "recorder-0"}
+    assert await topology.apply(empty, Streams()) == missing
+    assert await topology.diff(empty, Streams()) == []
+    created = {name: (await empty.js.stream_info(name)).created for name in NAMES}
+    assert await topology.apply(empty, Streams()) == []
+    assert {name: (await empty.js.stream_info(name)).created for name in NAMES} == created
+
+
+async def test_a_token_and_its_consumer_are_mended(bus: Bus) -> None:
+    await bus.js.delete_consumer("KV_owners", "features-0")
+    await bus.js.purge_stream("KV_owners", subject="$KV.owners.emitter.0")
+    found = await topology.diff(bus, Streams())
+    assert {(d.consumer, d.field) for d in found} == {("features-0", "missing"), ("emitter-0", "token")}
+    assert await topology.apply(bus, Streams()) == found
+    assert await topology.diff(bus, Streams()) == []
 
 
 async def test_every_field_that_an_operator_changed_is_named_and_mended(bus: Bus) -> None:
@@ -52,7 +71,7 @@ async def test_every_field_that_an_operator_changed_is_named_and_mended(bus: Bus
     config.allow_direct = False
     await bus.js.update_stream(config)
     await bus.js.delete_stream("KV_clock")
-    found = await topology.diff(bus.js, Streams())
+    found = await topology.diff(bus, Streams())
     assert set(found) == {
         Difference("CANDLES", "max_age", "604800.0", "3600.0"),
         Difference("CANDLES", "max_bytes", "2147483648", "4294967296"),
@@ -62,21 +81,21 @@ async def test_every_field_that_an_operator_changed_is_named_and_mended(bus: Bus
         Difference("CANDLES", "allow_direct", "True", "False"),
         Difference("KV_clock", "missing", "stream", "nothing"),
     }
-    assert await topology.apply(bus.js, Streams()) == found
-    assert await topology.diff(bus.js, Streams()) == []
+    assert await topology.apply(bus, Streams()) == found
+    assert await topology.diff(bus, Streams()) == []
 
 
 async def test_changed_settings_are_a_difference_too(bus: Bus) -> None:
     wanted = Streams(candles_max_age=86_400.0, derived_max_bytes=1024**3)
-    found = await topology.diff(bus.js, wanted)
+    found = await topology.diff(bus, wanted)
     assert {(d.stream, d.field) for d in found} == {
         ("CANDLES", "max_age"),
         ("FEATURES", "max_bytes"),
         ("SIGNALS", "max_bytes"),
         ("EVENTS", "max_bytes"),
     }
-    await topology.apply(bus.js, wanted)
-    assert await topology.diff(bus.js, wanted) == []
+    await topology.apply(bus, wanted)
+    assert await topology.diff(bus, wanted) == []
 
 
 async def test_apply_deletes_no_message_and_leaves_what_it_does_not_compare(bus: Bus) -> None:
@@ -89,7 +108,7 @@ async def test_apply_deletes_no_message_and_leaves_what_it_does_not_compare(bus:
     await bus.js.update_stream(config)
     await bus.js.publish("bars.x", b"kept")
     before = (await bus.js.stream_info("CANDLES")).state
-    assert await topology.apply(bus.js, Streams())
+    assert await topology.apply(bus, Streams())
     info = await bus.js.stream_info("CANDLES")
     assert (info.state.messages, info.state.first_seq, info.state.last_seq) == (6, 1, before.last_seq)
     assert info.config.description == "ours"
@@ -100,13 +119,13 @@ async def test_apply_deletes_no_message_and_leaves_what_it_does_not_compare(bus:
 async def test_apply_removes_no_stream_of_others(bus: Bus) -> None:
     await bus.js.add_stream(name="THEIRS", subjects=["theirs.>"])
     await bus.js.publish("theirs.x", b"1")
-    assert await topology.diff(bus.js, Streams()) == []
-    await topology.apply(bus.js, Streams(candles_max_age=1_000.0))
+    assert await topology.diff(bus, Streams()) == []
+    await topology.apply(bus, Streams(candles_max_age=1_000.0))
     assert (await bus.js.stream_info("THEIRS")).state.messages == 1
 
 
 async def test_candles_are_refused_rather_than_dropped_when_the_stream_is_full(bus: Bus) -> None:
-    await topology.apply(bus.js, Streams(candles_max_bytes=30_000))
+    await topology.apply(bus, Streams(candles_max_bytes=30_000))
     with pytest.raises(BusUnavailable, match="refused to store"):
         await store_each(bus, 100)
     state = (await bus.js.stream_info("CANDLES")).state
