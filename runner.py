@@ -163,6 +163,7 @@ def _mending(commands: Any) -> None:
     topology = _command(commands, "topology", "commands.topology:show", text, json=True)
     actions = topology.add_subparsers(metavar="ACTION", parser_class=Parser)
     _command(actions, "apply", "commands.topology:apply", "make the server hold what is wanted", json=True)
+    _command(actions, "forward", "commands.topology:forward", "let CANDLES count on after it went backwards", json=True)
 
     clock = _groups(commands, "clock", "brokers' clocks: show, set, restate")
     shown = _command(clock, "show", "commands.clock:show", "what is known of each source's clock, and how", json=True)

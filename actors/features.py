@@ -25,7 +25,7 @@ from actors.core.series import CHECKPOINT_EVERY, Change, Checkpoint, SeriesState
 from actors.core.timeframe import from_epoch
 from bus.client import BusUnavailable, Outgoing, outgoing
 from bus.consume import Delivery, Done, Outcome, Reader, StreamReplaced, consume, last_message
-from bus.forward import check_forward
+from bus.forward import CURSOR_KEY, check_forward
 from bus.store import Store
 from bus.subjects import CANDLES, FEATURE_STATE, FEATURES, key_token
 from bus.supervise import Context, run_tasks
@@ -41,7 +41,6 @@ from bus.telemetry import (
 from bus.writer import Superseded, Writer
 from schema.messages import MAX_BLOCK_ROWS, CandleBlock, FeatureBlock
 
-CURSOR_KEY: Final = "cursor.0"
 HISTORY_BARS: Final = 1_000_000  # bars of recomputed series kept in memory, all series together (64 MB)
 SNAPSHOT_CHUNK: Final = 32  # snapshots encoded between two batches, so that none of them delays a candle
 SNAPSHOT_BUDGET: Final = 10.0  # seconds: the next snapshot stores what this one did not

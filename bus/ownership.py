@@ -74,6 +74,7 @@ class Ownership:
         self._actor = actor
         self._consumer = owner_consumer(actor, partition)
         self._stream = f"KV_{OWNERS}"
+        self.handed = 0  # times that the token was handed to this process
         self._pin: str | None = None
         self._token: Msg | None = None
         self._heard: asyncio.Queue[Msg] = asyncio.Queue(maxsize=64)
@@ -149,6 +150,7 @@ class Ownership:
         status = headers.get("Status") if not msg.data else None
         if status is None:
             self._token = msg
+            self.handed += 1
             self._pin = headers.get("Nats-Pin-Id") or self._pin
             return True
         if status == WRONG_PIN:

@@ -23,6 +23,7 @@ from bus.client import BusUnavailable
 from bus.subjects import REJECTS
 from commands.output import DONE, NO, WRONG, CommandError, complain, say, write_json, write_table
 from commands.places import bus_of, find
+from commands.rejects_parked import NotAgain, try_again
 from commands.settings import read
 from schema.messages import IngestAnswer, Problem, Reject
 
@@ -113,16 +114,16 @@ async def listing(args: argparse.Namespace) -> int:
 async def replay(args: argparse.Namespace) -> int:
     """``rejects replay [--seq N …] [--reason TEXT] [--symbol S] [--since WHEN] [--url URL] [--json]``.
 
-    Posts the kept candles again as they came. What is taken leaves REJECTS, so that a second replay does not repeat it;
-    what is rejected again stays. Returns 0, or 1 where something was rejected again or nothing was found.
+    Posts the kept candles again as they came; what an actor parked goes back to that actor's work. What is taken leaves
+    REJECTS, so that a second replay does not repeat it; what is rejected again stays. Returns 0, or 1 where something was
+    rejected again or nothing was found.
     """
     choice = Choice(frozenset(args.seq or ()), args.reason, args.symbol, since(args.since, datetime.now(UTC)))
     if choice == Choice():
         raise CommandError("Say what to replay: --seq N, --reason TEXT, --symbol S or --since WHEN.", WRONG)
     loaded = read()
     places = find(loaded)
-    gateway = _Gateway(args.url or places.need_gateway(), next(iter(loaded.settings.gateway.api_keys), None))
-    total = {"messages": 0, "candles": 0, "accepted": 0, "duplicates": 0, "forming": 0, "rejected": 0}
+    total = {"messages": 0, "candles": 0, "accepted": 0, "duplicates": 0, "forming": 0, "rejected": 0, "parked": 0}
     async with (
         bus_of(places, loaded) as bus,
         aiohttp.ClientSession() as http,
@@ -130,8 +131,14 @@ async def replay(args: argparse.Namespace) -> int:
     ):
         async for kept in messages:
             if not kept.chosen:
-                complain(f"{kept.seq} was parked by {kept.reject.where} and is no payload: it cannot be posted.")
+                try:
+                    await try_again(bus, places, kept.seq, kept.reject)
+                    total["parked"] += 1
+                except NotAgain as error:
+                    total["rejected"] += 1
+                    complain(f"{kept.seq}, parked by {kept.reject.where}, stays: {error}.")
                 continue
+            gateway = _Gateway(args.url or places.need_gateway(), next(iter(loaded.settings.gateway.api_keys), None))
             answer = await _again(bus, http, gateway, kept)
             total["messages"] += 1
             total["candles"] += len(kept.chosen)
@@ -142,14 +149,21 @@ async def replay(args: argparse.Namespace) -> int:
                 complain(f"{kept.seq} is rejected again, {len(answer.rejected)} of its candles: {again.error}.")
     if args.json:
         write_json(total)
-    elif not total["messages"]:
+    elif not total["messages"] and not total["parked"] and not total["rejected"]:
         complain("nothing that was rejected is like that: `mt5 rejects list` shows what there is.")
     else:
-        say(
-            f"{total['candles']:,} candles of {total['messages']:,} messages posted again: {total['accepted']:,} accepted, "
-            f"{total['duplicates']:,} known before, {total['forming']:,} forming, {total['rejected']:,} rejected again"
-        )
-    return DONE if total["messages"] and not total["rejected"] else NO
+        if total["parked"]:
+            say(f"{total['parked']:,} parked messages were taken.")
+        if total["messages"]:
+            _say_posted(total)
+    return DONE if (total["messages"] or total["parked"]) and not total["rejected"] else NO
+
+
+def _say_posted(total: Mapping[str, int]) -> None:
+    say(
+        f"{total['candles']:,} candles of {total['messages']:,} messages posted again: {total['accepted']:,} accepted, "
+        f"{total['duplicates']:,} known before, {total['forming']:,} forming, {total['rejected']:,} rejected again"
+    )
 
 
 def since(text: str | None, now: datetime) -> datetime | None:

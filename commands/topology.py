@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from nats.errors import Error as NatsError
+from nats.js.errors import APIError
 
 from bus import topology
+from bus.client import Bus, BusUnavailable
 from commands.output import DONE, NO, CommandError, say, write_json, write_table
-from commands.places import bus_of, find
-from commands.settings import read
+from commands.places import Places, bus_of, find, store_of
+from commands.servers import serving
+from commands.settings import Loaded, read
 
 
 async def show(args: argparse.Namespace) -> int:
     """``topology [--json]``: exit code 1 where something differs."""
     loaded = read()
-    async with bus_of(find(loaded), loaded) as bus:
+    async with _operators(loaded) as bus:
         differences = await topology.diff(bus, loaded.settings.streams)
     if args.json:
         write_json({"current": not differences, "differences": [_builtins(item) for item in differences]})
@@ -27,14 +34,9 @@ async def show(args: argparse.Namespace) -> int:
 
 async def apply(args: argparse.Namespace) -> int:
     """``topology apply [--json]``: makes and updates what differs."""
-    from nats.js.errors import APIError
-
     loaded = read()
-    async with bus_of(find(loaded), loaded) as bus:
-        try:
-            done = await topology.apply(bus, loaded.settings.streams)
-        except APIError as error:
-            raise CommandError(f"nats-server refuses the wanted topology: {error.description}.") from error
+    async with _operators(loaded) as bus:
+        done = await topology.apply(bus, loaded.settings.streams)
     if args.json:
         write_json({"applied": [_builtins(item) for item in done]})
     elif not done:
@@ -42,6 +44,48 @@ async def apply(args: argparse.Namespace) -> int:
     else:
         _table(done)
         say("Applied.")
+    return DONE
+
+
+async def forward(args: argparse.Namespace) -> int:
+    """``topology forward [--json]``: for a CANDLES stream that went backwards, as when an older store was put back.
+
+    Lets it count on behind everything that refers to it. Candles that were acknowledged and are neither in the stream
+    nor in the archive are lost, and the answer says how many messages that may concern.
+    """
+    from bus.forward import NotArchived, go_forward, reach
+
+    loaded = read()
+    with serving(loaded) as places:
+        async with _operators(loaded, places) as bus, store_of(places) as store:
+            try:
+                found = await reach(bus, store)
+                next_seq = await go_forward(bus, found) if found.backwards else found.last + 1
+            except NotArchived as error:
+                raise CommandError(str(error)) from error
+    lost = max(0, found.known - max(found.archived, found.last))
+    if args.json:
+        write_json(
+            {
+                "forward": found.backwards,
+                "was": found.last,
+                "known": found.known,
+                "next": next_seq,
+                "not_archived": lost,
+            }
+        )
+    elif not found.backwards:
+        say(f"CANDLES ends at {found.last}, and nothing refers to more: there is nothing to do.")
+    else:
+        say(
+            f"CANDLES ended at {found.last} and goes on at {next_seq}. "
+            + (
+                f"Of {lost} messages after {found.archived} neither the stream nor the archive has the candles: send "
+                "them again from the terminal (`mt5 gaps` names what is missing)."
+                if lost
+                else "Every candle before that is in the archive: nothing is lost."
+            )
+        )
     return DONE
 
 
@@ -60,6 +104,21 @@ async def migrate(args: argparse.Namespace) -> int:
     else:
         say("\n".join(f"applied {version}" for version in done) or "The database has every migration already.")
     return DONE
+
+
+@asynccontextmanager
+async def _operators(loaded: Loaded, places: Places | None = None) -> AsyncIterator[Bus]:
+    """The operator's connection; what NATS refuses is said in one sentence."""
+    try:
+        async with bus_of(places or find(loaded), loaded) as bus:
+            yield bus
+    except APIError as error:
+        raise CommandError(f"nats-server refuses it: {error.description}.") from error
+    except (NatsError, TimeoutError, BusUnavailable) as error:
+        raise CommandError(
+            f"NATS did not answer ({type(error).__name__}): streams are looked at and changed with the operator's user, "
+            "which MT5_NATS_URL must name, and JetStream must be on."
+        ) from error
 
 
 def _builtins(item: topology.Difference) -> dict[str, str]:

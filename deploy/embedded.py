@@ -33,6 +33,7 @@ __all__ = ["NatsServer", "NatsUser", "PostgresServer", "Server", "ServerError", 
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_.~-]+")
 OLDEST_NATS: Final = (2, 12)
 DATABASE: Final = "mt5"
+ROOM_BYTES: Final = 4 * 1024**2  # room that a disk must have before nats-server is started on it anew
 
 
 # --- nats-server -------------------------------------------------------------------------------------------------
@@ -173,14 +174,40 @@ class NatsServer(Server):
         return "\n".join(lines) + "\n" + self.extra
 
     def _serves(self) -> bool:
+        status, _ = self._health()  # 200 once JetStream has recovered its streams
+        return status == 200
+
+    def ailment(self) -> str | None:
+        """A write that failed, as on a full disk: JetStream takes nothing more of that stream until it starts anew."""
+        status, words = self._health()
+        if status != 503 or b"write error" not in words or not self._can_write():
+            return None
+        return words.decode(errors="replace").strip()
+
+    def _health(self) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection(LOOPBACK, self.monitor_port, timeout=1.0)
         try:
-            connection.request("GET", "/healthz")  # 200 once JetStream has recovered its streams
-            return connection.getresponse().status == 200
+            connection.request("GET", "/healthz")
+            answer = connection.getresponse()
+            return answer.status, answer.read(4_096)
         except (OSError, http.client.HTTPException):
-            return False
+            return 0, b""
         finally:
             connection.close()
+
+    def _can_write(self) -> bool:
+        """Whether the store's disk has room again; without it a new start would only fail."""
+        probe = self.state_dir / "room"
+        try:
+            with probe.open("wb") as file:
+                file.write(b"\0" * ROOM_BYTES)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            return False
+        finally:
+            probe.unlink(missing_ok=True)
+        return True
 
 
 def _quoted(text: str) -> str:

@@ -94,6 +94,10 @@ class Server(ABC):
         """Whether it runs and serves at this moment."""
         return self.pid is not None and self._serves()
 
+    def ailment(self) -> str | None:
+        """What only a new start would mend, in words; None while it is well, or while a new start would not help."""
+        return None
+
     def stop(self) -> None:
         if self.child is not None:
             self.child.end()

@@ -29,6 +29,7 @@ FIRST_DELAY: Final = 0.2
 LONGEST_DELAY: Final = 10.0
 HEALTHY_SECONDS: Final = 30.0  # after that long alive a death is a new one, not the same failure again
 TICK_SECONDS: Final = 5.0
+LOOK_SECONDS: Final = 5.0  # between two looks at whether a server is well
 LOG_BYTES: Final = 16 * 1024 * 1024  # of each log, and of the older one beside it
 MISCONFIGURED: Final = 2  # the exit code of wrong usage or configuration: starting again does not mend it
 
@@ -86,6 +87,7 @@ class Supervisor:
         self._handlers: dict[signal.Signals, Any] = {}
         self._wakeup: tuple[socket.socket, socket.socket, int] | None = None
         self._next_rotation = 0.0
+        self._next_look = 0.0
 
     # --- what to run ---------------------------------------------------------------------------------------------
 
@@ -203,6 +205,7 @@ class Supervisor:
                 self._drain_wakeup()
         for task in self._kept():
             self._check(task)
+        self._mend_servers()
         self._rotate_logs()
 
     def stop(self) -> None:
@@ -252,6 +255,19 @@ class Supervisor:
         task.ready.clear()
         self._fail(task, code=code, last_line=_last_line(task))
 
+    def _mend_servers(self) -> None:
+        """Ends a server that only a new start would mend; :meth:`_check` then starts it again."""
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + LOOK_SECONDS
+        for server, task in self._servers:
+            if task.child is None or task.child.poll() is not None or self.stopping:
+                continue
+            words = server.ailment()
+            if words is not None:
+                self._log.warning("server_mended", process=task.name, reason=words)
+                task.child.end()
+
     def _fail(self, task: _Task, **fields: Any) -> None:
         if time.monotonic() - task.started >= HEALTHY_SECONDS:
             task.failures = 0
@@ -292,7 +308,10 @@ class Supervisor:
         for task in self._kept():
             if task.log is not None and task.log.exists() and task.log.stat().st_size > LOG_BYTES:
                 # Copied and cut, not renamed: the child keeps its descriptor, which appends wherever the end is.
-                shutil.copy(task.log, task.log.with_suffix(".log.1"))
+                try:
+                    shutil.copy(task.log, task.log.with_suffix(".log.1"))
+                except OSError as error:  # a full disk, most likely: cutting the log is what helps then
+                    self._log.warning("log_not_kept", process=task.name, reason=str(error))
                 os.truncate(task.log, 0)
 
     # --- signals -------------------------------------------------------------------------------------------------

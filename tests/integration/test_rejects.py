@@ -148,7 +148,7 @@ async def test_what_is_rejected_again_is_kept_once(bus: Bus, nats_url: str, port
             code, out, err = await mt5("replay", "--symbol", "WTI", "--json")
             assert code == NO
             assert json.loads(out) == {
-                "messages": 1, "candles": 2, "accepted": 0, "duplicates": 0, "forming": 0, "rejected": 2
+                "messages": 1, "candles": 2, "accepted": 0, "duplicates": 0, "forming": 0, "rejected": 2, "parked": 0
             }  # fmt: skip
             assert "rejected again, 2 of its candles: open -2.0 is not positive.\n" in err
             (left,) = await kept(bus)
@@ -184,8 +184,10 @@ async def test_replay_by_number_and_what_is_no_payload(bus: Bus, nats_url: str, 
     await park(bus, "recorder", "features.M1.X", b"{}", {}, "PostgreSQL refused it: no")
     async with gateway(nats_url, port, A=Symbol(allow_non_positive=True), C=Symbol(allow_non_positive=True)):
         code, out, err = await mt5("replay", "--seq", "1", "--seq", "3", "--seq", "4")
-        assert (code, out.split(":")[0]) == (DONE, "2 candles of 2 messages posted again")
-        assert err == "mt5: 4 was parked by recorder and is no payload: it cannot be posted.\n"
+        assert (code, out.split(":")[0]) == (NO, "2 candles of 2 messages posted again")
+        assert err == (
+            "mt5: 4, parked by recorder, stays: it is no message of features (Object missing required field `symbol`).\n"
+        )
     assert [m.payload.get("symbol") for m in await kept(bus)] == ["B", None]
 
 
