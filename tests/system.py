@@ -167,10 +167,16 @@ class System:
     @contextlib.contextmanager
     def running(self, *words: str) -> Iterator[subprocess.Popen[str]]:
         """A command beside the test; killed where it outlives the block."""
+        with self.running_env({}, *words) as process:
+            yield process
+
+    @contextlib.contextmanager
+    def running_env(self, more: dict[str, str], *words: str) -> Iterator[subprocess.Popen[str]]:
+        """:meth:`running` with more in its environment."""
         process = subprocess.Popen(
             [sys.executable, "-m", "runner", *words],
             cwd=self.folder,
-            env=environment(self.home, **self.settings),
+            env=environment(self.home, **{**self.settings, **more}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -135,7 +135,9 @@ async def test_a_killed_server_costs_nothing(bus: Bus, nats: NatsServer) -> None
 
 
 async def last_seq(bus: Bus) -> int:
-    with contextlib.suppress(NatsError, TimeoutError):  # a request that was under way when the server died has no answer
+    with contextlib.suppress(
+        NatsError, TimeoutError
+    ):  # a request that was under way when the server died has no answer
         return (await bus.js.stream_info(STREAM)).state.last_seq
     return 0
 
