@@ -164,6 +164,9 @@ class NatsServer(Server):
             f"  store_dir: {_quoted(str(self.state_dir))}",
             '  sync_interval: "always"',
             "  max_memory_store: 256MB",
+            # A bound for the sum of what streams may reserve, not for the disk: by default nats-server takes three
+            # quarters of what is free and refuses streams on a small disk that would never fill it.
+            "  max_file_store: 64GB",
             "}",
             "authorization {",
             "  users: [",

@@ -60,6 +60,7 @@ class Rig:
 
     def __init__(self, folder: Path, seed: int, title: str, *, senders: int = 8, **settings: str) -> None:
         self.seed = seed
+        folder.mkdir(parents=True, exist_ok=True)
         self.rng = random.Random(seed)
         self.port = free_port()
         self.system = System(folder, {**SETTINGS, "MT5_GATEWAY_PORT": str(self.port), **settings})
