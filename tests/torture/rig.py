@@ -55,15 +55,58 @@ class Tally:
 TALLIES: list[Tally] = []  # of this session; conftest.py prints them
 
 
+class Given(System):
+    """`mt5 up` with servers that are given to it; it writes no ready.json then, so what it would say is known here."""
+
+    nats_url: str = ""
+    database_url: str = ""
+
+    @property
+    def ready(self) -> dict[str, Any]:
+        return {
+            "pid": self.process.pid if self.process is not None else 0,
+            "gateway": f"http://127.0.0.1:{self.settings['MT5_GATEWAY_PORT']}",
+            "nats": self.nats_url,
+            "database": self.database_url,
+        }
+
+    def start(self, *words: str) -> float:
+        began = time.monotonic()
+        said = self.said().count("Ready: ")
+        super().start(*words)  # at once: our ready says its pid
+        process = self.process
+        assert process is not None
+        wait_until(
+            lambda: self.said().count("Ready: ") > said or process.poll() is not None, 90, f"ready; {self.said()}"
+        )
+        assert process.poll() is None, self.said()
+        return time.monotonic() - began
+
+
 class Rig:
     """One `mt5 up --isolate` on a home of its own, with the operator's hand on every process."""
 
-    def __init__(self, folder: Path, seed: int, title: str, *, senders: int = 8, **settings: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        title: str,
+        *,
+        senders: int = 8,
+        given: tuple[str, str] | None = None,
+        **settings: str,
+    ) -> None:
+        """``given``: URLs of NATS and of PostgreSQL as the tests reach them; the actors' own are in ``settings``."""
         self.seed = seed
         folder.mkdir(parents=True, exist_ok=True)
         self.rng = random.Random(seed)
         self.port = free_port()
-        self.system = System(folder, {**SETTINGS, "MT5_GATEWAY_PORT": str(self.port), **settings})
+        known = {**SETTINGS, "MT5_GATEWAY_PORT": str(self.port), **settings}
+        if given is None:
+            self.system = System(folder, known)
+        else:
+            self.system = system = Given(folder, known)
+            system.nats_url, system.database_url = given
         self.feed = Feed(seed, lambda: self.port, senders)
         self.tally = Tally(title, seed)
         self.models: dict[str, ServedModel] = {}
