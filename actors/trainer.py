@@ -33,6 +33,7 @@ from bus.consume import Delivery, Done, Outcome, Reader, consume, last_message
 from bus.store import Row, Store, StoreRejected, StoreUnavailable
 from bus.subjects import MODELS, PROMOTE, ROLLBACK, TRAIN
 from bus.supervise import ConfigurationError, Context, run_tasks, serve
+from bus.telemetry import trace_headers
 from bus.topology import model_name
 from schema.messages import ModelEvent, ModelState
 from schema.timeframes import SECONDS, canonical
@@ -206,10 +207,11 @@ class Trainer:
     async def _publish(self, event: ModelEvent) -> None:
         """Raises BusUnavailable where the event is not acknowledged within the budget."""
         msg_id = f"{event.model_name}:{event.version}:{event.event}:{event.at.isoformat()}"
+        headers = trace_headers()
         deadline = time.monotonic() + STORE_BUDGET
         while True:
             try:
-                await self.bus.publish(MODELS, event, event.model_name, msg_id=msg_id)
+                await self.bus.publish(MODELS, event, event.model_name, msg_id=msg_id, headers=headers)
             except BusUnavailable:
                 if time.monotonic() > deadline:
                     raise

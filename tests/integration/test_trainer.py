@@ -195,6 +195,9 @@ async def test_a_models_life(bus: Bus, nats_url: str, pg_url: str, store: Store,
         ("released", first.version, "hand"),
         ("activated", first.version, "emitter"),
     ]
+    traces = [(await bus.js.get_msg("EVENTS", seq=seq)).headers or {} for seq in range(1, 8)]
+    ids = [headers["traceparent"].split("-")[1] for headers in traces]
+    assert ids[0] == ids[1] != ids[2], "an activation goes on with the trace of its release"
 
 
 async def test_what_happened_while_it_was_away_is_caught_up_with(
