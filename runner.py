@@ -125,7 +125,11 @@ def _asking(commands: Any) -> None:
     for decision in (promote, rollback):
         decision.add_argument("--model", metavar="NAME", help="of this model, where several have served")
         decision.add_argument(
-            "--reason", required=True, metavar="TEXT", help="why; it is recorded and shown with the model"
+            "--reason",
+            required=decision is promote,  # a way back must not wait for words
+            default="by hand",
+            metavar="TEXT",
+            help="why; it is recorded and shown with the model",
         )
 
     signals = _groups(commands, "signals", "signals as they come: tail")

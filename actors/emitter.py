@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from typing import ClassVar, Final
 
@@ -18,15 +18,15 @@ import msgspec
 from msgspec import Struct
 from nats.errors import Error as NatsError
 from nats.js.api import Header
-from nats.js.errors import APIError, NotFoundError
+from nats.js.errors import APIError, BadObjectMetaError, DigestMismatchError, NotFoundError
 
 from actors.core.hashing import signal_id
 from actors.core.manifest import MANIFEST_FILE, ONNX_FILE, Manifest
 from actors.core.serving import ModelRefused, ServedModel, build_signal, decide, expires_at, judged_at
 from actors.core.timeframe import end_time
 from bus.client import BusUnavailable, Outgoing, outgoing
-from bus.consume import Delivery, Done, Outcome, Reader, consume, find, last_message
-from bus.subjects import FEATURES, MODELS, SIGNAL_AGAIN, SIGNALS
+from bus.consume import Delivery, Done, Outcome, Reader, StreamReplaced, consume, find, last_message
+from bus.subjects import FEATURES, MODEL_FILES, MODELS, SIGNAL_AGAIN, SIGNALS
 from bus.supervise import Context, run_tasks, serve
 from bus.telemetry import cursor_lag, cursor_lag_seconds, signal_seconds, signals_total, trace_headers
 from bus.topology import model_name
@@ -36,16 +36,21 @@ from schema.messages import FeatureBlock, FeatureRow, ModelEvent, ModelState, Si
 READ_BACK: Final = 2_048  # signals read back at the start, and as many again until all of the newest message are read
 ANSWER_BUDGET: Final = 60.0
 ANSWER_PAUSE: Final = 0.25
+LOAD_BUDGET: Final = 20.0  # seconds that the object store has to send a model's file
+CHECK_PAUSE: Final = 0.5  # between two questions to a JetStream that comes back later than its connections
 ANSWERS: Final = ("activated", "refused")  # what an emitter says of a version
 
 
 class Activation(Struct, frozen=True):
-    """From ``from_seq`` on (a CANDLES sequence) ``model`` serves its timeframe, in ``state``."""
+    """From ``from_seq`` on (a CANDLES sequence) ``model`` serves its timeframe, in ``state``.
+
+    ``model`` is None where the version no longer loads: what it would have served has no model, and keeps its name.
+    """
 
     from_seq: int
     version: str
     state: ModelState
-    model: ServedModel
+    model: ServedModel | None
 
 
 class Emitter:
@@ -66,6 +71,7 @@ class Emitter:
             set()
         )  # (id, candles_seq) published before this run began, near its resume point
         self._said_until = 0
+        self._tail = ""  # the message id of the newest signal that SIGNALS must hold
         self._out = Writer(self.bus, str(SIGNALS.stream), 0)
         self._heard: dict[str, int] = {}  # model name → EVENTS sequence of the newest event of it that was read
         self._gate = asyncio.Lock()  # a batch of features, an activation and a repetition exclude each other
@@ -78,9 +84,11 @@ class Emitter:
         async with Reader(self.bus, MODELS, name=f"{self.name}-models", start=1) as models:
             pending = await self._load_activations(models, resume)
             async with Reader(self.bus, FEATURES, name=self.name, start=start) as reader:
-                for event in pending:
+                for released in pending:
                     await self._catch_up(reader)
-                    await self._activate(event)
+                    await self._activate(released)
+                reconnected = asyncio.Event()
+                forget = self.bus.on_reconnect(reconnected.set)
                 service = await serve(self.bus, self.name, self.description, {SIGNAL_AGAIN: self._again})
                 try:
                     self.ctx.ready()
@@ -89,15 +97,17 @@ class Emitter:
                             "emitter-consume": consume(
                                 reader,
                                 self._handle,
-                                publish=self._out.publish,
+                                publish=self._publish,
                                 committed=self._committed,
                                 gate=self._gate,
                                 failing=self.ctx.failing,
                             ),
                             "emitter-models": self._follow(models),
+                            "emitter-check": self._check(reconnected),
                         }
                     )
                 finally:
+                    forget()
                     with contextlib.suppress(NatsError):
                         await service.stop()
 
@@ -114,7 +124,7 @@ class Emitter:
         tail = await last_message(self.bus, SIGNALS)
         if tail is None:
             return 1
-        last_seq = tail[0]
+        last_seq, self._tail = tail[0], _msg_id(tail[1])
         back = READ_BACK
         while True:
             start = max(1, last_seq - back + 1)
@@ -134,10 +144,10 @@ class Emitter:
                     break
         return sequences
 
-    async def _load_activations(self, models: Reader[ModelEvent], resume: int) -> list[ModelEvent]:
+    async def _load_activations(self, models: Reader[ModelEvent], resume: int) -> list[Delivery[ModelEvent]]:
         """Reads the models' whole past; returns the releases that nobody answered yet."""
         activated: dict[str, list[ModelEvent]] = {}
-        waiting: dict[tuple[str, str], ModelEvent] = {}
+        waiting: dict[tuple[str, str], Delivery[ModelEvent]] = {}
         try:
             last = int((await self.bus.js.get_last_msg(models.stream, MODELS.wildcard)).seq or 0)
         except NotFoundError:
@@ -148,7 +158,7 @@ class Emitter:
             self._heard[event.model_name] = max(self._heard.get(event.model_name, 0), delivery.stream_seq)
             key = (event.model_name, event.version)
             if event.event == "released":
-                waiting[key] = event
+                waiting[key] = delivery
             elif event.event in ANSWERS:
                 waiting.pop(key, None)
                 if event.event == "activated":
@@ -158,11 +168,27 @@ class Emitter:
             # What served before the resume point is history, but for the one that still serves there.
             first = max((i for i, e in enumerate(events) if (e.from_seq or 0) <= resume), default=0)
             for event in events[first:]:
-                model = await self._load(event)
                 self.active.setdefault(timeframe, []).append(
-                    Activation(event.from_seq or 0, event.version, event.state, model)
+                    Activation(event.from_seq or 0, event.version, event.state, await self._load_activated(event))
                 )
         return list(waiting.values())
+
+    async def _load_activated(self, event: ModelEvent) -> ServedModel | None:
+        """None where the version no longer loads: candles go on without a model until another one is released.
+
+        Another version in its place would be a signal that nobody decided on, and that no replay would give.
+        """
+        try:
+            return await self._load(event)
+        except ModelRefused as error:
+            self.log.error(
+                "the version that serves cannot be loaded, signals say no_model until another one is released",
+                action="emitter.missing",
+                version=event.version,
+                timeframe=event.timeframe,
+                reason=str(error),
+            )
+            return None
 
     async def _catch_up(self, reader: Reader[FeatureBlock]) -> None:
         # An activation counts from the newest candle that was handled; at the start that is the resume point, and
@@ -175,15 +201,15 @@ class Emitter:
     # --- models ----------------------------------------------------------------------------------------------------
 
     async def _load(self, event: ModelEvent) -> ServedModel:
-        """A version from the object store, verified. Raises ModelRefused."""
+        """A version from the object store, verified. Raises ModelRefused, or BusUnavailable where it does not answer."""
         key = (event.model_name, event.version)
         known = self._models.get(key)
         if known is not None:
             return known
         folder = f"{event.model_name}/{event.version}"
         try:
-            manifest = msgspec.json.decode(await self.bus.get_object(f"{folder}/{MANIFEST_FILE}"), type=Manifest)
-            graph = await self.bus.get_object(f"{folder}/{ONNX_FILE}")
+            manifest = msgspec.json.decode(await self._file(f"{folder}/{MANIFEST_FILE}"), type=Manifest)
+            graph = await self._file(f"{folder}/{ONNX_FILE}")
         except KeyError as error:
             raise ModelRefused(f"{error.args[0]} is not in the object store: train again.") from error
         except msgspec.DecodeError as error:
@@ -193,36 +219,71 @@ class Emitter:
         self._models[key] = model
         return model
 
+    async def _file(self, name: str) -> bytes:
+        """An object, within :data:`LOAD_BUDGET`. Raises KeyError, ModelRefused or BusUnavailable."""
+        try:
+            async with asyncio.timeout(LOAD_BUDGET):
+                store = await self.bus.js.object_store(MODEL_FILES)
+                known = await store.get_info(name)
+                # nats-py waits for ever for chunks that are lost, and asking again would not bring them back.
+                chunks = f"$O.{MODEL_FILES}.C.{known.nuid}"
+                info = await self.bus.js.stream_info(f"OBJ_{MODEL_FILES}", subjects_filter=chunks)
+                if (info.state.subjects or {}).get(chunks, 0) < (known.chunks or 0):
+                    raise ModelRefused(f"{name} is damaged in the object store, parts of it are lost: train again.")
+                return await self.bus.get_object(name)
+        except NotFoundError as error:
+            raise KeyError(name) from error
+        except BusUnavailable as error:
+            if isinstance(error.__cause__, DigestMismatchError):
+                raise ModelRefused(
+                    f"{name} is damaged in the object store, its digest differs: train again."
+                ) from error
+            raise
+        except BadObjectMetaError as error:
+            raise ModelRefused(f"{name} is damaged in the object store, its description is: train again.") from error
+        except (NatsError, APIError, TimeoutError) as error:
+            raise BusUnavailable(f"NATS did not send {name} ({type(error).__name__}).") from error
+
     async def _follow(self, models: Reader[ModelEvent]) -> None:
         async for delivery in models:
             event = delivery.message
             self._heard[event.model_name] = max(self._heard.get(event.model_name, 0), delivery.stream_seq)
-            if event.event == "released":
-                await self._activate(event)
+            while event.event == "released":
+                try:
+                    await self._activate(delivery)
+                    break
+                except BusUnavailable as error:  # what serves now goes on meanwhile
+                    self.log.warning("the release is tried again", action="emitter.retry", error=str(error))
+                    await asyncio.sleep(ANSWER_PAUSE)
 
-    async def _activate(self, event: ModelEvent) -> None:
-        """Loads a released version and lets it serve from the next candle on; the record is stored first."""
+    async def _activate(self, delivery: Delivery[ModelEvent]) -> None:
+        """Loads a released version and lets it serve from the next candle on; the record is stored first.
+
+        Raises BusUnavailable where NATS answers neither within the budget.
+        """
+        event = delivery.message
         try:
             model = await self._load(event)
         except ModelRefused as error:
             self.log.error("model refused", action="emitter.refused", version=event.version, reason=str(error))
-            await self._answer(event, "refused", None, str(error))
+            await self._answer(delivery, "refused", None, str(error))
             return
         async with self._gate:
             from_seq = self.handled + 1
-            await self._answer(event, "activated", from_seq, event.reason)
+            await self._answer(delivery, "activated", from_seq, event.reason)
             serving = self.active.setdefault(event.timeframe, [])
             serving.append(Activation(from_seq, event.version, event.state, model))
             self.versions.setdefault(event.timeframe, []).append((from_seq, event.version))
         while len(serving) > 1 and serving[1].from_seq <= self._done + 1:
             del serving[0]  # no candle will ask for it again
-        keep = {(a.model.manifest.name, a.version) for rows in self.active.values() for a in rows}
+        keep = {(a.model.manifest.name, a.version) for rows in self.active.values() for a in rows if a.model}
         self._models = {key: model for key, model in self._models.items() if key in keep}
         self.log.info(
             "model serves", action="emitter.activated", version=event.version, state=event.state, from_seq=from_seq
         )
 
-    async def _answer(self, event: ModelEvent, what: str, from_seq: int | None, reason: str) -> None:
+    async def _answer(self, delivery: Delivery[ModelEvent], what: str, from_seq: int | None, reason: str) -> None:
+        event = delivery.message
         answer = msgspec.structs.replace(
             event, event=what, from_seq=from_seq, reason=reason, at=datetime.now(UTC), by=self.name
         )
@@ -231,6 +292,7 @@ class Emitter:
             answer,
             event.model_name,
             msg_id=f"{what}:{event.version}:{secrets.token_hex(8)}",
+            headers=trace_headers(delivery.headers),
         )
         await self._record(message)
 
@@ -296,11 +358,36 @@ class Emitter:
                 continue
             signals_total.inc(abstain=signal.abstain or "none")
             # A correction that is taken back makes the first signal again: the same id, and yet another message.
-            msg_id = f"{signal.id}:{block.candles_seq}"
+            msg_id = _msg_id(signal)
             out.append(outgoing(SIGNALS, signal, block.timeframe, block.symbol, msg_id=msg_id, headers=headers))
         if len(block.rows) == 1 and not block.replay:
             signal_seconds.observe((now - block.received_at).total_seconds())
         return Done(tuple(out))
+
+    async def _publish(self, messages: Sequence[Outgoing]) -> None:
+        await self._out.publish(messages)
+        if messages:
+            self._tail = messages[-1].msg_id
+
+    async def _check(self, reconnected: asyncio.Event) -> None:
+        """After every reconnect: does SIGNALS still end with what was published last? If not, recover."""
+        while True:
+            await reconnected.wait()
+            reconnected.clear()
+            try:
+                async with self._gate:
+                    tail = await last_message(self.bus, SIGNALS)
+                    expected = self._tail
+            except (NatsError, APIError, TimeoutError) as error:
+                self.log.warning("the check is tried again", action="emitter.check", error=type(error).__name__)
+                await asyncio.sleep(CHECK_PAUSE)
+                reconnected.set()
+                continue
+            found = _msg_id(tail[1]) if tail is not None else ""
+            if found != expected:
+                raise StreamReplaced(
+                    f"SIGNALS ends with {found or 'nothing'} instead of {expected or 'nothing'}: it is made whole again."
+                )
 
     async def _again(self, data: bytes) -> bytes:
         """`emitter.again`: a FeatureBlock that was parked, tried once more; answers {"signals": N} or {"error": why}."""
@@ -312,7 +399,7 @@ class Emitter:
             delivery = Delivery(block, 0, FEATURES.subject(block.timeframe, block.symbol), 0, time.time(), {})
             outcome = await self._handle(delivery)
             messages = outcome.messages if isinstance(outcome, Done) else ()
-            await self._out.publish(messages)
+            await self._publish(messages)
         return msgspec.json.encode({"signals": len(messages)})
 
     def _signal(self, block: FeatureBlock, row: FeatureRow, activation: Activation | None, now: datetime) -> Signal:
@@ -358,3 +445,7 @@ class Emitter:
             self._said.clear()
         cursor_lag.set(delivery.pending, actor=self.name)
         cursor_lag_seconds.set(max(0.0, time.time() - delivery.stored_at), actor=self.name)
+
+
+def _msg_id(signal: Signal) -> str:
+    return f"{signal.id}:{signal.candles_seq}"

@@ -33,6 +33,7 @@ from bus.consume import Delivery, Done, Outcome, Reader, consume, last_message
 from bus.store import Row, Store, StoreRejected, StoreUnavailable
 from bus.subjects import MODELS, PROMOTE, ROLLBACK, TRAIN
 from bus.supervise import ConfigurationError, Context, run_tasks, serve
+from bus.telemetry import trace_headers
 from bus.topology import model_name
 from schema.messages import ModelEvent, ModelState
 from schema.timeframes import SECONDS, canonical
@@ -70,7 +71,7 @@ class Trainer:
         self._wake = asyncio.Event()
         self._settled = asyncio.Event()
         self._queue: asyncio.Queue[_Run] = asyncio.Queue()
-        self._busy = False
+        self._runs = 0  # those that run or wait
         self._waiters: dict[str, asyncio.Future[ModelEvent]] = {}
         self._store: Store
 
@@ -151,10 +152,13 @@ class Trainer:
         return _encode(await self._submit(request))
 
     async def _submit(self, request: TrainRequest) -> Verdict:
-        if self._busy:
+        if self._runs:
             message = "A training is running already: ask again when it is done."
             return Verdict(ok=False, verdict="busy", message=message)
-        self._busy = True
+        return await self._enqueue(request)
+
+    async def _enqueue(self, request: TrainRequest) -> Verdict:
+        self._runs += 1
         run = _Run(request)
         self._queue.put_nowait(run)
         return await run.answer
@@ -206,10 +210,11 @@ class Trainer:
     async def _publish(self, event: ModelEvent) -> None:
         """Raises BusUnavailable where the event is not acknowledged within the budget."""
         msg_id = f"{event.model_name}:{event.version}:{event.event}:{event.at.isoformat()}"
+        headers = trace_headers()
         deadline = time.monotonic() + STORE_BUDGET
         while True:
             try:
-                await self.bus.publish(MODELS, event, event.model_name, msg_id=msg_id)
+                await self.bus.publish(MODELS, event, event.model_name, msg_id=msg_id, headers=headers)
             except BusUnavailable:
                 if time.monotonic() > deadline:
                     raise
@@ -255,7 +260,8 @@ class Trainer:
             while (left := (run_at - datetime.now(UTC)).total_seconds()) > 0:  # noqa: ASYNC110  # waits for a clock
                 await asyncio.sleep(min(left, 60.0))  # short naps: the clock may be set meanwhile
             for timeframe in self.settings.trainer.timeframes:
-                verdict = await self._submit(TrainRequest(timeframe=timeframe))
+                # After whatever runs now: a slot that was skipped would be a day or a week without a model.
+                verdict = await self._enqueue(TrainRequest(timeframe=timeframe))
                 self.log.info("scheduled run", action="trainer.scheduled", timeframe=timeframe, message=verdict.message)
 
     async def _work(self) -> None:
@@ -274,7 +280,7 @@ class Trainer:
                     run.answer.set_result(verdicts.failed(f"The training failed: {message}"))
                 raise
             finally:
-                self._busy = False
+                self._runs -= 1
             log = self.log.info if verdict.ok else self.log.warning
             log("run ended", action="trainer.verdict", verdict=verdict.verdict, message=verdict.message)
             if not run.answer.done():

@@ -57,7 +57,7 @@ async def promote(args: argparse.Namespace) -> int:
 
 
 async def rollback(args: argparse.Namespace) -> int:
-    """``models rollback --reason TEXT [VERSION]``; without a version, to the one that served before."""
+    """``models rollback [--reason TEXT] [VERSION]``; without a version, to the one that served before."""
     return await _release(args, ROLLBACK, args.version)
 
 

@@ -18,7 +18,7 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +50,8 @@ HOT: Final = ("collector", "features", "emitter")  # one process on one event lo
 READY_SECONDS: Final = 30.0  # after each of these without readiness a line says who is missing
 DEMO_READY_SECONDS: Final = 120.0
 SERVER_PATIENCE: Final = 30.0  # for given servers that start together with us, as after a reboot
+STOP_LOOK_SECONDS: Final = 0.1  # how often a signal is looked for meanwhile
+CANCEL_SECONDS: Final = 2.0  # for what a signal cuts off
 ROOT: Final = Path(__file__).resolve().parents[1]
 
 
@@ -145,7 +147,8 @@ def _up(names: Sequence[str], *, isolate: bool, demo: list[str] | None) -> int:
             port = (settings.gateway.port or free_port()) if "collector" in actors else None
             with _importing_clients():
                 supervisor.start_servers()
-            asyncio.run(_prepare(loaded, servers, log))
+            if not asyncio.run(_prepare(loaded, servers, log, lambda: supervisor.stopping)):
+                return DONE
             shared = _environment(loaded, port)
             for name, group in plan.items():
                 environment = shared | servers.environment(group)
@@ -248,14 +251,28 @@ def _servers(loaded: Loaded, home: Home) -> _Servers:
     return servers
 
 
-async def _prepare(loaded: Loaded, servers: _Servers, log: Any) -> None:
-    """Migrations and topology, side by side, before any actor starts."""
-    async with asyncio.TaskGroup() as group:
-        migrating = group.create_task(_migrate(servers, log), name="migrate")
-        applying = group.create_task(_apply(loaded, servers, log), name="topology")
-    for problem in (migrating.result(), applying.result()):
-        if problem is not None:
+async def _prepare(loaded: Loaded, servers: _Servers, log: Any, stopping: Callable[[], bool]) -> bool:
+    """Migrations and topology, side by side, before any actor starts; False when a signal asks for the stop first."""
+    work: set[asyncio.Task[CommandError | None]] = {
+        asyncio.create_task(_migrate(servers, log), name="migrate"),
+        asyncio.create_task(_apply(loaded, servers, log), name="topology"),
+    }
+    left = work
+    try:
+        while left:
+            # The supervisor's handlers hear the signals, and nothing wakes this loop for them.
+            _, left = await asyncio.wait(left, timeout=STOP_LOOK_SECONDS)
+            if stopping():
+                return False
+    finally:
+        for task in left:
+            task.cancel()
+        if left:
+            await asyncio.wait(left, timeout=CANCEL_SECONDS)  # the rest is ended with the event loop
+    for task in sorted(work, key=lambda task: task.get_name()):
+        if (problem := task.result()) is not None:
             raise problem
+    return True
 
 
 async def _migrate(servers: _Servers, log: Any) -> CommandError | None:

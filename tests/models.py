@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
 
@@ -40,7 +41,12 @@ def manifest_of(artifacts: dict[str, bytes]) -> Manifest:
     return msgspec.json.decode(artifacts[MANIFEST_FILE], type=Manifest)
 
 
-async def release(bus: Bus, artifacts: dict[str, bytes], state: ModelState = "provisional") -> str:
+async def release(
+    bus: Bus,
+    artifacts: dict[str, bytes],
+    state: ModelState = "provisional",
+    headers: Mapping[str, str] | None = None,
+) -> str:
     """Puts a version into the object store and asks the emitter to serve it; returns the version."""
     manifest = manifest_of(artifacts)
     for name, data in artifacts.items():
@@ -53,5 +59,6 @@ async def release(bus: Bus, artifacts: dict[str, bytes], state: ModelState = "pr
         at=datetime.now(UTC),
         state=state,
     )
-    await bus.publish(MODELS, event, manifest.name, msg_id=f"{manifest.version}-{event.at.timestamp()}")
+    msg_id = f"{manifest.version}-{event.at.timestamp()}"
+    await bus.publish(MODELS, event, manifest.name, msg_id=msg_id, headers=headers)
     return manifest.version

@@ -54,8 +54,8 @@ def random_walk(n: int, *, seed: int, price: float = 1.1, spread: float = 8.0, s
     return Bars(MONDAY + step * np.arange(n), high, low, close, np.full(n, spread))
 
 
-def leaning(n: int, *, seed: int, lean: float = 0.6) -> Bars:
-    """A walk that leans back to its own hour's mean: an edge that a model can learn."""
+def leaning(n: int, *, seed: int, lean: float = 0.2) -> Bars:
+    """A walk that leans back to its own hour's mean: an edge that a model can learn, and no larger than an honest one may be."""
     rng = np.random.default_rng(seed)
     noise = rng.standard_normal(n) * 1e-4
     close = np.empty(n)

@@ -74,7 +74,8 @@ def refused(model_name: str, reason: str, report: Mapping[str, Any]) -> Verdict:
 
 def candidate(model_name: str, version: str, report: Mapping[str, Any], path: str) -> Verdict:
     """A version that is stored while another serves."""
-    message = f"{model_name} {version} is stored as a candidate: `models promote {version}` makes it serve."
+    call = f'mt5 models promote {version} --reason "…"'
+    message = f"{model_name} {version} is stored as a candidate: `{call}` makes it serve."
     return Verdict(
         ok=True,
         verdict="candidate",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -46,9 +48,33 @@ def test_a_stop_before_it_is_ready_leaves_nothing_either(make: Make) -> None:
     with system.running("up") as process:
         while not (system.home / "lock").exists():
             assert process.poll() is None
+        began = time.monotonic()
         process.terminate()
         _, error = process.communicate(timeout=15)
+        assert time.monotonic() - began < 10
         assert process.returncode == 0
         assert "Traceback" not in error
     assert not (system.home / "ready.json").exists()
+    assert not [p for p in system.processes() if p.pid != os.getpid()]
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["away", "frozen"])
+def test_a_stop_while_it_waits_for_given_servers_is_as_quick(make: Make, frozen: bool) -> None:
+    """As after a reboot, when the servers of another machine come later than we, or take connections and say nothing."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if frozen:
+            server.listen(16)
+        place = f"127.0.0.1:{server.getsockname()[1]}"
+        system = make(MT5_NATS_URL=f"nats://operator:x@{place}", MT5_DATABASE_URL=f"postgresql://mt5:x@{place}/mt5")
+        with system.running("up") as process:
+            assert process.stderr is not None
+            while "nats error" not in (line := process.stderr.readline()):
+                assert line, "it ended before it waited for NATS"
+            began = time.monotonic()
+            process.terminate()
+            _, error = process.communicate(timeout=40)
+            assert time.monotonic() - began < 10
+            assert process.returncode == 0, error
+            assert "Traceback" not in error
     assert not [p for p in system.processes() if p.pid != os.getpid()]

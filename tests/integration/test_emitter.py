@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 import msgspec
 
-from actors.core.manifest import ONNX_FILE
+from actors.core.manifest import MANIFEST_FILE, ONNX_FILE
 from actors.core.series import SeriesState, append
 from actors.core.serving import ServedModel, signal_id
 from actors.emitter import Emitter
 from actors.features import Features
 from bus import topology
 from bus.client import Bus
-from bus.subjects import FEATURES, MODELS, SIGNALS
+from bus.subjects import FEATURES, MODEL_FILES, MODELS, SIGNALS
+from deploy.embedded import NatsServer
 from schema.messages import ModelEvent, Signal
 from schema.settings import Streams
 from tests.builders import LIVE, put, read_until, running, walk
@@ -129,3 +132,108 @@ async def test_a_changed_graph_is_refused_and_the_old_model_keeps_serving(bus: B
     assert event.event == "refused"
     assert "model.onnx" in event.reason and event.reason.endswith("train again.")
     assert {s.model_version for s in found} == {good}
+
+
+async def test_a_tail_lost_while_it_runs_comes_back_after_the_reconnect(
+    bus: Bus, nats: NatsServer, nats_url: str
+) -> None:
+    rows = walk(400)
+    async with running(*BOTH, nats_url=nats_url):
+        await put(bus, rows[:300], history=True)
+        await answer(bus, await release(bus, files()))
+        await put(bus, rows[300:360], size=1)
+        await put(bus, rows[360:], size=40)
+        before = await signals(bus, 100)
+        await lose_tail(bus, keep=80)  # in the middle of a message's signals
+        nats.stop()
+        nats.start()
+        after = await signals(bus, 100)
+    assert [s.id for s in after] == [s.id for s in before]
+
+
+async def test_a_version_that_no_longer_loads_is_no_model_and_a_release_heals_it(bus: Bus, nats_url: str) -> None:
+    rows = walk(400)
+    async with running(*BOTH, nats_url=nats_url):
+        await put(bus, rows[:300], history=True)
+        first = await release(bus, files(1))
+        await answer(bus, first)
+        second = await release(bus, files(2))
+        gone = await answer(bus, second)
+        await put(bus, rows[300:310], size=1)
+        before = await signals(bus, 10)
+    assert {(s.model_version, s.abstain) for s in before} == {(second, "unproven")}
+    store = await bus.js.object_store(MODEL_FILES)
+    await store.delete(f"rf_m1/{second}/{ONNX_FILE}")
+    async with running(*BOTH, nats_url=nats_url):
+        await put(bus, rows[310:330], size=1)
+        without = await signals(bus, 30)
+        healed = await release(bus, files(3))
+        event = await answer(bus, healed)
+        await put(bus, rows[330:340], size=1)
+        found = await signals(bus, 40)
+    assert [s.id for s in without[:10]] == [s.id for s in before]
+    # Never the version before in its place; and its name stays, so that ids and what supersedes them stay pure.
+    assert {(s.model_version, s.abstain, s.prob_up, s.label) for s in without[10:]} == {(second, "no_model", None, 0)}
+    assert event.from_seq is not None and gone.from_seq is not None and event.from_seq > gone.from_seq
+    assert {(s.model_version, s.abstain) for s in found[30:]} == {(healed, "unproven")}
+
+
+async def test_a_feature_set_that_an_upgrade_retired_is_no_model(bus: Bus, nats_url: str) -> None:
+    artifacts = files()
+    manifest = msgspec.structs.replace(manifest_of(artifacts), feature_set="scale_free_v0")
+    rows = walk(310)
+    for name, data in (artifacts | {MANIFEST_FILE: msgspec.json.encode(manifest)}).items():
+        await bus.put_object(f"rf_m1/{manifest.version}/{name}", data)
+    activated = ModelEvent(
+        event="activated",
+        model_name="rf_m1",
+        version=manifest.version,
+        timeframe="M1",
+        at=datetime.now(UTC),
+        state="champion",
+        from_seq=1,
+    )
+    await bus.publish(MODELS, activated, "rf_m1", msg_id="activated")
+    async with running(*BOTH, nats_url=nats_url):
+        await put(bus, rows[:300], history=True)
+        await put(bus, rows[300:], size=1)
+        found = await signals(bus, 10)
+    assert {(s.model_version, s.abstain, s.label) for s in found} == {(manifest.version, "no_model", 0)}
+
+
+async def test_an_object_that_lost_its_chunks_is_refused_and_holds_nobody_up(bus: Bus, nats_url: str) -> None:
+    """nats-py waits for ever for the chunks of an object whose description alone is left."""
+    rows = walk(310)
+    artifacts = files()
+    manifest = manifest_of(artifacts)
+    async with running(*BOTH, nats_url=nats_url):
+        await put(bus, rows[:300], history=True)
+        for name, data in artifacts.items():
+            await bus.put_object(f"rf_m1/{manifest.version}/{name}", data)
+        await bus.js.purge_stream(f"OBJ_{MODEL_FILES}", subject=f"$O.{MODEL_FILES}.C.>")
+        released = ModelEvent(
+            event="released",
+            model_name="rf_m1",
+            version=manifest.version,
+            timeframe="M1",
+            at=datetime.now(UTC),
+            state="provisional",
+        )
+        await bus.publish(MODELS, released, "rf_m1", msg_id="released")
+        event = await answer(bus, manifest.version)
+        await put(bus, rows[300:], size=1)
+        found = await signals(bus, 10)
+    assert event.event == "refused"
+    assert event.reason.endswith("train again.")
+    assert {s.abstain for s in found} == {"no_model"}
+
+
+async def test_an_answer_goes_on_with_the_trace_of_the_release(bus: Bus, nats_url: str) -> None:
+    trace = "00-" + "ab" * 16 + "-" + "cd" * 8 + "-01"
+    async with running(*BOTH, nats_url=nats_url):
+        version = await release(bus, files(), headers={"traceparent": trace})
+        await answer(bus, version)
+        raw = await bus.js.get_last_msg("EVENTS", MODELS.wildcard)
+    told = (raw.headers or {})["traceparent"].split("-")
+    assert told[1] == "ab" * 16
+    assert told[2] != "cd" * 8

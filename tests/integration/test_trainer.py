@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -195,6 +195,9 @@ async def test_a_models_life(bus: Bus, nats_url: str, pg_url: str, store: Store,
         ("released", first.version, "hand"),
         ("activated", first.version, "emitter"),
     ]
+    traces = [(await bus.js.get_msg("EVENTS", seq=seq)).headers or {} for seq in range(1, 8)]
+    ids = [headers["traceparent"].split("-")[1] for headers in traces]
+    assert ids[0] == ids[1] != ids[2], "an activation goes on with the trace of its release"
 
 
 async def test_what_happened_while_it_was_away_is_caught_up_with(
@@ -258,6 +261,38 @@ async def test_one_run_at_a_time_and_a_stop_ends_it(bus: Bus, pg_url: str, store
     assert "stopping" in stopped.message
     assert not psutil.wait_procs(children, timeout=5)[1]
     assert await metrics(store) == []
+
+
+class SoonAndThenNever:
+    """A schedule whose first slot is now."""
+
+    def __init__(self) -> None:
+        self.slots = [datetime.now(UTC)]
+
+    def next_run(self, after: datetime) -> datetime:
+        return self.slots.pop() if self.slots else after + timedelta(days=1)
+
+
+async def test_a_scheduled_run_that_meets_another_one_comes_after_it(
+    bus: Bus, pg_url: str, store: Store, settings: Settings
+) -> None:
+    both = msgspec.structs.replace(settings, trainer=msgspec.structs.replace(settings.trainer, timeframes=("M1", "M5")))
+    trainer = Trainer(Context(both, bus, pg_url, lambda: None, structlog.get_logger()))
+    asked = asyncio.create_task(trainer._on_train(b'{"timeframe": "M15"}'))
+    await asyncio.sleep(0)  # it is in the queue before anything runs
+    trainer._schedule = SoonAndThenNever()  # type: ignore[assignment]
+    task = asyncio.create_task(trainer.run())
+    try:
+        async with asyncio.timeout(60):
+            first = msgspec.json.decode(await asked, type=Verdict)
+            while len(await metrics(store)) < 3:
+                await asyncio.sleep(0.02)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert (first.model_name, first.verdict) == ("rf_m15", "refused")
+    names = [row["model_name"] for row in await store.pool.fetch("SELECT model_name FROM model_metrics ORDER BY id")]
+    assert names == ["rf_m15", "rf_m1", "rf_m5"], "each of the slot's timeframes, once and in order"
 
 
 CHILD = """

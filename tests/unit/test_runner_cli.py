@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import stat
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from actors.core.verdicts import candidate
 from bus import permissions
 from commands.up import ACTORS, actor_class, processes
 from runner import parser
@@ -87,7 +89,6 @@ def test_help_is_fast(tmp_path: Path) -> None:
         ["signals"],
         ["train"],
         ["models", "promote", "v1"],
-        ["models", "rollback"],
         ["replay", "file.csv"],
         ["demo", "--seconds", "soon"],
         ["demo", "--seconds", "-1"],
@@ -227,6 +228,14 @@ def test_every_command_names_a_handler_and_can_be_parsed() -> None:
     assert top.parse_args(["topology", "apply", "--json"]).handler == "commands.topology:apply"
     assert top.parse_args(["topology", "--json"]).json
     assert top.parse_args(["models", "rollback", "--reason", "drift"]).reason == "drift"
+    assert top.parse_args(["models", "rollback"]).reason == "by hand"
+
+
+def test_the_call_that_a_candidates_verdict_names_is_one_that_works() -> None:
+    message = candidate("rf_m1", "v2", {}, "/models").message
+    program, *words = shlex.split(message.split("`")[1])
+    args = parser().parse_args(words)
+    assert (program, args.handler, args.version) == ("mt5", "commands.models:promote", "v2")
 
 
 @pytest.mark.parametrize(
