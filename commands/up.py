@@ -272,7 +272,33 @@ async def _prepare(loaded: Loaded, servers: _Servers, log: Any, stopping: Callab
     for task in sorted(work, key=lambda task: task.get_name()):
         if (problem := task.result()) is not None:
             raise problem
+    await _keep_forward(loaded, servers, log)
     return True
+
+
+async def _keep_forward(loaded: Loaded, servers: _Servers, log: Any) -> None:
+    """A CANDLES stream that lost what was read from it is refused before anything adds to it."""
+    if urlsplit(servers.nats_url).username in ACTORS:
+        return  # may not look at what others read; each actor checks what it knows itself
+    from bus.client import Bus, BusUnavailable
+    from bus.forward import WentBackwards
+    from bus.store import Store, StoreUnavailable
+    from commands.servers import keep_forward
+
+    store = await Store.connect(servers.database_url, size=1, name="mt5-up")
+    try:
+        bus = await Bus.connect(servers.nats_url, name=CLIENT, settings=loaded.settings.nats)
+        try:
+            await keep_forward(bus, store, log)
+        finally:
+            await bus.close()
+    except StoreUnavailable as error:
+        # The hot path never waits for the database; the recorder checks as soon as it is there.
+        log.warning("the archive's place in CANDLES is not checked", action="up.forward", error=str(error))
+    except (WentBackwards, BusUnavailable) as error:
+        raise CommandError(str(error), NO) from error
+    finally:
+        await store.close()
 
 
 async def _migrate(servers: _Servers, log: Any) -> CommandError | None:
