@@ -38,6 +38,7 @@ RETRY_FIRST: Final = 0.1
 RETRY_MAX: Final = 1.0
 
 WRONG_LAST: Final = frozenset({10071, 10164})  # err_codes: the subject's last message is not the expected one
+NO_MESSAGE: Final = 10037  # err_code: the stream is there, and has no message of the subject
 CONTAINS_DUPLICATE: Final = 10201  # err_code: the batch holds a message id that is stored already
 NO_BATCH_NOW: Final = frozenset({10176, 10211})  # err_codes: the batch was abandoned, or too many are under way
 
@@ -116,8 +117,10 @@ class Writer:
         """A subject's last sequence and message id; (0, "") where it has no message."""
         try:
             raw = await self._bus.js.get_last_msg(self._stream, subject)
-        except NotFoundError:
-            return 0, ""
+        except NotFoundError as error:
+            if error.err_code == NO_MESSAGE:
+                return 0, ""
+            raise BusUnavailable(f"NATS does not know {self._stream} now: {error.description}.") from error
         except (NatsError, APIError, TimeoutError, OSError) as error:
             raise BusUnavailable(f"NATS does not say how {subject} ends ({type(error).__name__}).") from error
         return int(raw.seq or 0), (raw.headers or {}).get(Header.MSG_ID.value, "")

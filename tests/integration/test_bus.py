@@ -19,7 +19,20 @@ from structlog.testing import capture_logs
 from bus import consume as consuming
 from bus import topology
 from bus.client import Bus, BusUnavailable, Outgoing, outgoing
-from bus.consume import Delivery, Done, Outcome, Reader, Rejected, Retry, StreamReplaced, consume, find, last_message
+from bus.consume import (
+    POISON_TRIES,
+    Delivery,
+    Done,
+    Failing,
+    Outcome,
+    Reader,
+    Rejected,
+    Retry,
+    StreamReplaced,
+    consume,
+    find,
+    last_message,
+)
 from bus.subjects import CANDLES, FEATURES, REJECTS
 from bus.supervise import serve
 from deploy.embedded import NatsServer
@@ -492,6 +505,46 @@ async def test_a_failing_handler_ends_the_loop_with_its_error_and_nothing_counts
         with pytest.raises(ZeroDivisionError):
             await asyncio.wait_for(asyncio.shield(task), 10)
     assert committed == []
+
+
+async def test_a_message_that_fails_again_and_again_is_parked_and_the_rest_goes_on(bus: Bus) -> None:
+    """Each failure ends the loop, since the actor's state may be half changed; its next life remembers."""
+    await publish(bus, 0, 5)
+    failing, handled = Failing(), []
+
+    async def handler(delivery: Delivery[CandleBlock]) -> Outcome:
+        if number(delivery) == 2:
+            raise ZeroDivisionError("of this message")
+        handled.append(number(delivery))
+        return Done()
+
+    for life in range(1, POISON_TRIES + 1):
+        handled.clear()
+        async with consuming_with(bus, handler, failing=failing) as task:
+            with pytest.raises(ZeroDivisionError):
+                await asyncio.wait_for(task, 10)
+        assert handled == [0, 1], life
+    handled.clear()
+    async with consuming_with(bus, handler, failing=failing):
+        await eventually(lambda: handled == [0, 1, 3, 4])
+    (parked,) = await rejects(bus, 1)
+    assert parked.reason == "failed 3 times, last with ZeroDivisionError: of this message"
+    assert parked.subject == "candles.M1.EURUSD"
+    assert parked.payload["server_time"] == 2
+
+
+async def test_what_ends_a_handler_without_its_message_is_no_poison(bus: Bus) -> None:
+    await publish(bus, 0, 1)
+    failing = Failing()
+
+    async def handler(delivery: Delivery[CandleBlock]) -> Outcome:
+        raise BusUnavailable("NATS is away")
+
+    for _ in range(POISON_TRIES + 1):
+        async with consuming_with(bus, handler, failing=failing) as task:
+            with pytest.raises(BusUnavailable):
+                await asyncio.wait_for(task, 10)
+    assert failing.verdict("CANDLES", 1) is None
 
 
 async def test_results_survive_a_server_killed_in_the_middle(bus: Bus, nats: NatsServer) -> None:

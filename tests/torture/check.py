@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any
 
 import asyncpg
+import msgspec
 
 from actors.core.hashing import features_hash, signal_id
 from actors.core.series import SeriesState, append
@@ -19,7 +20,7 @@ from bus.client import Bus
 from bus.consume import Reader
 from bus.subjects import CANDLES, FEATURES, MODELS, SIGNALS
 from schema.messages import FeatureRow, ModelEvent, Signal
-from tests.builders import LIVE, final_rows
+from tests.builders import LIVE
 from tests.torture.feed import TIMEFRAME, Series
 
 CANDLE = ("open", "high", "low", "close", "volume", "spread")
@@ -121,7 +122,7 @@ async def _check_series(
 
     market = await _rows(connection, "market_data", series.symbol)
     stored = await _rows(connection, "features", series.symbol)
-    streamed = final_rows([b for b in streams.features if b.symbol == series.symbol])
+    streamed = _final(series.symbol, streams.features, report)
     for name, rows in (("market_data", market), ("features", stored), ("FEATURES", streamed)):
         for ts in [row.ts for row in want if row.ts not in rows]:
             report.add("missing", f"{name} of {series.symbol} has no {ts}")
@@ -132,6 +133,20 @@ async def _check_series(
         _same(report, "features", stored.get(row.ts), row, (*FEATURE, "bar", "ready"))
         _same(report, "FEATURES", streamed.get(row.ts), row, (*CANDLE, *FEATURE, "bar", "ready"))
     await _check_signals(connection, streams, series, want, activations, models, report)
+
+
+def _final(symbol: str, blocks: Sequence[Any], report: Report) -> dict[datetime, FeatureRow]:
+    """A series' rows as FEATURES leaves them: newest version, labels filled."""
+    rows: dict[datetime, FeatureRow] = {}
+    for block in blocks:
+        if block.symbol == symbol:
+            rows.update({row.ts: row for row in block.rows})
+            for fill in block.fills:
+                if fill.ts in rows:
+                    rows[fill.ts] = msgspec.structs.replace(rows[fill.ts], fwd_ret_5=fill.fwd_ret_5)
+                else:
+                    report.add("missing", f"FEATURES of {symbol} fills {fill.ts}, which it does not hold")
+    return rows
 
 
 async def _rows(connection: Any, table: str, symbol: str) -> dict[datetime, Any]:

@@ -15,6 +15,7 @@ class Plan:
     nats: int
     postgres: int
     everything: int
+    waiting: tuple[str, ...] = ()  # killed while a table of the archive is locked
     frozen: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # seconds of each SIGSTOP, by process
     stand_ins: tuple[tuple[str, ...], ...] = ()
     tails: tuple[tuple[str, ...], ...] = ()
@@ -23,20 +24,22 @@ class Plan:
 
 
 SHORT: Final = Plan(
-    actors=12,
+    actors=10,
     nats=4,
-    postgres=2,
+    postgres=1,
     everything=2,
+    waiting=("recorder", "postgres"),
     frozen={"features": (3.0,), "nats-server": (3.0,), "postgres": (3.0,)},
     stand_ins=(("features", "emitter", "recorder"),),
     tails=(("FEATURES", "SIGNALS"),),
     models=2,
 )
 FULL: Final = Plan(
-    actors=27,
+    actors=26,
     nats=13,
-    postgres=6,
+    postgres=5,
     everything=4,
+    waiting=("recorder", "recorder", "postgres", "postgres"),
     frozen={
         "collector": (10.0,),
         "features": (20.0,),
@@ -56,6 +59,7 @@ def carry_out(rig: Rig, plan: Plan) -> None:
     """Does all of the plan in the seed's order, some candles apart."""
     steps: list[tuple[str, ...]] = [("kill", rig.rng.choice(ISOLATED)) for _ in range(plan.actors)]
     steps += [("kill", "nats-server")] * plan.nats + [("kill", "postgres")] * plan.postgres
+    steps += [("waiting", name) for name in plan.waiting]
     steps += [("everything",)] * plan.everything + [("model",)] * plan.models
     steps += [("freeze", name, str(s)) for name, seconds in plan.frozen.items() for s in seconds]
     steps += [("stand_in", *names) for names in plan.stand_ins] + [("tail", *streams) for streams in plan.tails]
@@ -64,6 +68,8 @@ def carry_out(rig: Rig, plan: Plan) -> None:
         match what:
             case "kill":
                 rig.kill(words[0])
+            case "waiting":
+                rig.kill_waiting(words[0])
             case "everything":
                 rig.kill_everything()
             case "model":

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import asyncpg
 import msgspec
 import psutil
 
@@ -145,6 +146,27 @@ class Rig:
         dead.kill()
         self.tally.done[f"kill -9 {'actor' if name in ISOLATED else name}"] += 1
         wait_until(lambda: self._other(name, dead.pid), 60, f"{name} is started again")
+
+    def kill_waiting(self, name: str, table: str = "features") -> None:
+        """SIGKILL while the archive's table is locked by somebody else, as by maintenance: in the middle of a batch."""
+
+        async def locked() -> None:
+            connection = await asyncpg.connect(self.system.ready["database"])
+            try:
+                await connection.execute("BEGIN")
+                await connection.execute(f"LOCK TABLE {table} IN EXCLUSIVE MODE")
+                await asyncio.to_thread(self.feed.await_progress, 60, PROGRESS_SECONDS)
+                async with asyncio.timeout(30):
+                    while not await connection.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
+                        await asyncio.sleep(0.01)
+                self._await_child(name).kill()
+                self.tally.done[f"kill -9 {'actor' if name in ISOLATED else name}"] += 1
+            finally:
+                connection.terminate()
+
+        pid = self._await_child(name).pid
+        asyncio.run(locked())
+        wait_until(lambda: self._other(name, pid), 60, f"{name} is started again")
 
     def kill_everything(self) -> None:
         self.system.kill()

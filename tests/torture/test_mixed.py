@@ -26,7 +26,7 @@ def test_a_hundred_kills(tmp_path: Path, torture_seed: int, part: int) -> None:
     rig = Rig(
         tmp_path,
         100 * torture_seed + part,
-        f"a quarter of 108 kills of actors, 52 of nats-server, 24 of PostgreSQL ({part + 1})",
+        f"a quarter of 112 kills of actors, 52 of nats-server, 28 of PostgreSQL ({part + 1})",
     )
     with rig.running():
         carry_out(rig, FULL)
