@@ -37,7 +37,7 @@ lint: $(VENV)/.tested ## ruff, mypy --strict and who may import whom
 bench: $(VENV)/.tested ## the benchmarks, beside their peers
 	@$(BIN)/python runner.py bench $(ARGS)
 
-torture: $(VENV)/.tested ## kills and freezes servers and actors for minutes
+torture: $(VENV)/.tested ## kills, freezes, fills and cuts off everything for an hour, and prints what it cost
 	@$(BIN)/python -m pytest -m torture --timeout 1800 $(PYTEST_ARGS) $(ARGS)
 
 wheel: $(VENV)/.tested ## dist/*.whl, which runs outside the checkout

@@ -30,6 +30,7 @@ BURST_WAIT: Final = 5.0  # seconds for a burst of publish_many to be acknowledge
 RECONNECT_WAIT: Final = 0.2
 RETRY_EVERY: Final = 0.25  # seconds between tries of an unacknowledged publish
 STREAM_FULL: Final = frozenset({10047, 10077, 10023, 10028})  # err_codes that mean: no room now
+NO_MESSAGE: Final = 10037  # err_code: the stream is there, and has no such message
 OUT_OF_ORDER: Final = 10070  # err_code: the stream's last message is not the expected one
 
 

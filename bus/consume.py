@@ -26,7 +26,7 @@ from nats.errors import Error as NatsError
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy, StreamInfo
 from nats.js.errors import APIError, NotFoundError
 
-from bus.client import Bus, BusUnavailable, Outgoing
+from bus.client import NO_MESSAGE, Bus, BusUnavailable, Outgoing
 from bus.store import StoreUnavailable
 from bus.subjects import REJECTS, Channel
 from bus.telemetry import parked_total
@@ -457,7 +457,9 @@ async def last_message(bus: Bus, channel: Channel[M]) -> tuple[int, M] | None:
     """The newest message of a channel's stream with its stream sequence, None where there is none."""
     try:
         raw = await bus.js.get_last_msg(str(channel.stream), channel.wildcard)
-    except NotFoundError:
+    except NotFoundError as error:
+        if error.err_code != NO_MESSAGE:
+            raise  # a stream that is not there now is no empty one
         return None
     return int(raw.seq or 0), channel.decode(raw.data or b"")
 
@@ -476,7 +478,9 @@ async def find(bus: Bus, channel: Channel[M], candles_seq: int) -> int:
             raw = await bus.js.get_msg(
                 str(channel.stream), seq=middle, subject=channel.wildcard, next=True, direct=True
             )
-        except NotFoundError:
+        except NotFoundError as error:
+            if error.err_code not in (None, NO_MESSAGE):  # None: a direct answer, which has no room for it
+                raise
             high = middle
             continue
         if getattr(channel.decode(raw.data or b""), "candles_seq") >= candles_seq:  # noqa: B009

@@ -23,7 +23,7 @@ from nats.errors import Error as NatsError
 from nats.js.api import Header
 from nats.js.errors import APIError, NotFoundError
 
-from bus.client import Bus, BusUnavailable, Outgoing, passing
+from bus.client import NO_MESSAGE, Bus, BusUnavailable, Outgoing, passing
 
 log = structlog.get_logger(__name__)
 
@@ -38,7 +38,6 @@ RETRY_FIRST: Final = 0.1
 RETRY_MAX: Final = 1.0
 
 WRONG_LAST: Final = frozenset({10071, 10164})  # err_codes: the subject's last message is not the expected one
-NO_MESSAGE: Final = 10037  # err_code: the stream is there, and has no message of the subject
 CONTAINS_DUPLICATE: Final = 10201  # err_code: the batch holds a message id that is stored already
 NO_BATCH_NOW: Final = frozenset({10176, 10211})  # err_codes: the batch was abandoned, or too many are under way
 
