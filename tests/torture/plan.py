@@ -62,9 +62,10 @@ def carry_out(rig: Rig, plan: Plan) -> None:
     steps += [("waiting", name) for name in plan.waiting]
     steps += [("everything",)] * plan.everything + [("model",)] * plan.models
     steps += [("freeze", name, str(s)) for name, seconds in plan.frozen.items() for s in seconds]
-    steps += [("stand_in", *names) for names in plan.stand_ins] + [("tail", *streams) for streams in plan.tails]
+    steps += [("stand_in", *names) for names in plan.stand_ins]
     rig.rng.shuffle(steps)
-    for what, *words in steps:
+    # Lost tails come first: a recorder that reads a stream anew would make good what the rest may have broken.
+    for what, *words in [*(("tail", *streams) for streams in plan.tails), *steps]:
         match what:
             case "kill":
                 rig.kill(words[0])
