@@ -667,16 +667,16 @@ def _judge_series(
 def _base(ts: int, previous: Close | None, known: Series, length: int, told: Close | None) -> tuple[float | None, bool]:
     """The close that a bar's prices are measured by (None: there is none), and whether it is surely the one before.
 
-    It is that of the bar before, in the payload or in memory. Older than what memory holds, a bar is measured by what
-    the archive ``told``, else by the nearest close that is known.
+    It is that of the bar before, in the payload or in memory. Memory holds the newest bars only, and after a restart
+    the log's last message: where the bar right before is not among them, what the archive ``told`` may be nearer. Of a
+    bar older than everything that is known the next close after it is taken, if it is not too far away.
     """
     if previous is not None and ts - previous.ts <= length:
         return previous.price, True
     found = [close for close in (previous, told, known.before(ts)) if close is not None]
     if found:
         before = max(found)
-        sure = told is not None or known.last_ts is None or ts > known.last_ts or ts - before.ts <= length
-        return before.price, sure
+        return before.price, told is not None or ts - before.ts <= length
     after = known.after(ts)
     return (after.price, False) if after is not None and after.ts - ts <= REACH * length else (None, False)
 
