@@ -73,7 +73,7 @@ from schema.messages import (
 )
 
 FEW: Final = 3  # up to so many new candles of a series travel one a message, so that repeats cut alike
-GRACE: Final = 0.25  # seconds beyond publish_timeout that a whole request may wait for the bus: a 503 is due within 2 s
+GRACE: Final = 0.1  # seconds beyond publish_timeout that a whole request may wait for the bus: a 503 is due within 2 s
 LEARNT_AT_ONCE: Final = 64  # series that the log is asked for side by side
 LOOKED_UP: Final = 8  # bars of one payload for whose predecessor the archive is asked
 LOOK_UP_WAIT: Final = 0.5
@@ -108,6 +108,7 @@ class Collector:
         self._turns: dict[Key, Turn] = {}  # of the series that a request is about right now
         self._any = msgspec.json.Decoder()
         self._patience = self.bus.settings.publish_timeout + GRACE
+        self._queued: set[asyncio.Timeout] = set()  # of requests that wait for their turn
 
     async def run(self) -> None:
         url = self.ctx.database_url
@@ -184,9 +185,13 @@ class Collector:
         held = 0
         try:
             async with asyncio.timeout(self._patience) as limit:
-                for turn in turns:
-                    await turn.lock.acquire()
-                    held += 1
+                self._queued.add(limit)
+                try:
+                    for turn in turns:
+                        await turn.lock.acquire()
+                        held += 1
+                finally:
+                    self._queued.discard(limit)
                 judged = await self._publish(request, body, payload, checked, limit)
                 backfill = self._missing(payload, judged, keys)
         except (BusUnavailable, TimeoutError) as error:
@@ -244,11 +249,22 @@ class Collector:
         turn.users += 1
         return turn
 
+    def _heard(self, limit: asyncio.Timeout) -> None:
+        """Told that the bus has answered a request with this limit.
+
+        A bus that answers, if slowly, is not away: thousands of messages may take their time, and so may the requests
+        that wait for them. Only silence ends in a 503, and all who wait hear the same silence.
+        """
+        until = asyncio.get_running_loop().time() + self._patience
+        for waiting in (limit, *self._queued):
+            if not waiting.expired():
+                waiting.reschedule(until)
+
     async def _publish(
         self, request: web.Request, body: bytes, payload: Payload, checked: CheckedPayload, limit: asyncio.Timeout
     ) -> Judged:
         """Judges the payload and stores what is closed; what the stream acknowledged is remembered."""
-        await self._learn(checked.sent)
+        await self._learn(checked.sent, limit)
         now = time.time()
         conversion = await self.clock.resolve(
             payload.source,
@@ -274,9 +290,9 @@ class Collector:
         if len(messages) == 1:
             await self.bus.store(messages[0])
         elif messages:
-            loop = asyncio.get_running_loop()
-            # A bus that answers, if slowly, is not away: thousands of messages may take their time.
-            await self.bus.store_all(messages, lambda: limit.reschedule(loop.time() + self._patience))
+            await self.bus.store_all(messages, lambda: self._heard(limit))
+        if messages and self._queued:
+            self._heard(limit)
         for key, rows in told:
             self.series[key].remember(rows, payload.origin, payload.server_time)
         for bar in judged.forming:
@@ -298,7 +314,7 @@ class Collector:
             out += self.backfills.on_accepted(key, layers[0] if layers else (), now, history=past)
         return [] if past else out
 
-    async def _learn(self, keys: Iterable[Key]) -> None:
+    async def _learn(self, keys: Iterable[Key], limit: asyncio.Timeout) -> None:
         """Makes sure that memory knows what the log says of these series."""
         unknown = []
         for key in keys:
@@ -316,6 +332,7 @@ class Collector:
                 if isinstance(known, BaseException):
                     raise known
                 self.series[key] = known
+            self._heard(limit)
         if unknown:
             series_gauge.set(len(self.series), actor=self.name)
 
