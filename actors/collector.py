@@ -6,12 +6,12 @@ Everything else of the HTTP surface is in ``actors/gateway``; what a candle is, 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
 from datetime import datetime
-from hashlib import blake2b
 from typing import ClassVar, Final
 
 import msgspec
@@ -24,6 +24,8 @@ from actors.core.clock import Conversion
 from actors.core.ingest import (
     ANONYMOUS,
     REPLAYED,
+    CheckedPayload,
+    Close,
     Judged,
     Payload,
     PayloadError,
@@ -32,7 +34,6 @@ from actors.core.ingest import (
     check_payload,
     judge,
     read,
-    whole,
 )
 from actors.core.recent import RecentSignals
 from actors.core.sessions import ServerClock
@@ -45,10 +46,11 @@ from actors.gateway.broadcast import Broadcaster
 from actors.gateway.clocks import ClockKeeper
 from actors.gateway.deps import GatewayDeps
 from actors.gateway.problems import HttpProblem, answer, unavailable
+from actors.gateway.rejected import reject_messages
 from bus.client import BusUnavailable, Outgoing, outgoing
 from bus.consume import Reader, StreamReplaced
-from bus.store import Store
-from bus.subjects import CANDLES, FORMING, REJECTS, SIGNALS
+from bus.store import Store, StoreUnavailable
+from bus.subjects import CANDLES, FORMING, SIGNALS
 from bus.supervise import ConfigurationError, Context, run_tasks
 from bus.telemetry import (
     TRACEPARENT,
@@ -66,18 +68,27 @@ from schema.messages import (
     CandleBlock,
     FormingCandle,
     IngestAnswer,
-    Reject,
     RejectedCandle,
     Signal,
 )
-from schema.timeframes import canonical
 
 FEW: Final = 3  # up to so many new candles of a series travel one a message, so that repeats cut alike
-REJECTS_A_MESSAGE: Final = 200  # rejected candles kept in one message: well under NATS' 1 MB
+GRACE: Final = 0.1  # seconds beyond publish_timeout that a whole request may wait for the bus: a 503 is due within 2 s
+LEARNT_AT_ONCE: Final = 64  # series that the log is asked for side by side
+LOOKED_UP: Final = 8  # bars of one payload for whose predecessor the archive is asked
+LOOK_UP_WAIT: Final = 0.5
 PEERS: Final = ("features", "emitter", "recorder", "trainer")
 PING_WAIT: Final = 0.5
 
 Key = tuple[str, str]
+
+
+@dataclass(slots=True)
+class Turn:
+    """Whose turn a series is: requests take it one after the other. ``users`` have it or wait for it."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    users: int = 0
 
 
 class Collector:
@@ -93,12 +104,16 @@ class Collector:
         self.guard = Guard(self.limits)
         self.broadcaster = Broadcaster(RecentSignals(self.limits.recent_signals))
         self.series: OrderedDict[Key, Series] = OrderedDict()  # least recently used first
-        self._locks: dict[Key, asyncio.Lock] = {}
+        self.store: Store | None = None
+        self._turns: dict[Key, Turn] = {}  # of the series that a request is about right now
         self._any = msgspec.json.Decoder()
+        self._patience = self.bus.settings.publish_timeout + GRACE
+        self._queued: set[asyncio.Timeout] = set()  # of requests that wait for their turn
 
     async def run(self) -> None:
         url = self.ctx.database_url
         store = await Store.connect(url, size=self.ctx.settings.database.pool_size, name=self.name) if url else None
+        self.store = store
         self.clock = await ClockKeeper.open(self.bus, self.ctx.settings.clock, self.log)
         self.backfills = Backfills(
             Pasts(self.bus, store, self._clock_of).load, max_series=self.ctx.settings.features.max_series
@@ -163,20 +178,33 @@ class Collector:
         body = await read_body(request, self.limits)
         payload = self._payload(body)
         self.guard.charge(request, len(payload.candles))
-        keys = _keys(payload)
-        async with AsyncExitStack() as held:
-            for key in keys:
-                await held.enter_async_context(self._locks.setdefault(key, asyncio.Lock()))
-            try:
-                judged = await self._publish(request, body, payload, keys)
+        # Only what passed may name a subject: the server ends the connection of whoever asks for a monstrous one.
+        checked = check_payload(payload, self.ctx.settings.symbols)
+        keys = sorted(checked.sent)  # two requests take their turns in the same order
+        turns = [self._turn(key) for key in keys]
+        held = 0
+        try:
+            async with asyncio.timeout(self._patience) as limit:
+                self._queued.add(limit)
+                try:
+                    for turn in turns:
+                        await turn.lock.acquire()
+                        held += 1
+                finally:
+                    self._queued.discard(limit)
+                judged = await self._publish(request, body, payload, checked, limit)
                 backfill = self._missing(payload, judged, keys)
-            except BusUnavailable as error:
-                self.log.warning("candles not stored", action="ingest.unavailable", error=str(error))
-                raise unavailable(
-                    "The candles may or may not be stored: send the same again, which is safe."
-                ) from error
-            finally:
-                self._forget()
+        except (BusUnavailable, TimeoutError) as error:
+            self.log.warning("candles not stored", action="ingest.unavailable", error=str(error) or "no answer in time")
+            raise unavailable("The candles may or may not be stored: send the same again, which is safe.") from error
+        finally:
+            for turn in turns[:held]:
+                turn.lock.release()
+            for key, turn in zip(keys, turns, strict=True):
+                turn.users -= 1
+                if not turn.users:
+                    del self._turns[key]
+            self._forget()
         accepted = sum(len(layer) for layers in judged.layers.values() for layer in layers)
         for outcome, count in (
             ("accepted", accepted),
@@ -214,10 +242,29 @@ class Collector:
             )
         return payload
 
-    async def _publish(self, request: web.Request, body: bytes, payload: Payload, keys: Sequence[Key]) -> Judged:
+    def _turn(self, key: Key) -> Turn:
+        turn = self._turns.get(key)
+        if turn is None:
+            turn = self._turns[key] = Turn()
+        turn.users += 1
+        return turn
+
+    def _heard(self, limit: asyncio.Timeout) -> None:
+        """Told that the bus has answered a request with this limit.
+
+        A bus that answers, if slowly, is not away: thousands of messages may take their time, and so may the requests
+        that wait for them. Only silence ends in a 503, and all who wait hear the same silence.
+        """
+        until = asyncio.get_running_loop().time() + self._patience
+        for waiting in (limit, *self._queued):
+            if not waiting.expired():
+                waiting.reschedule(until)
+
+    async def _publish(
+        self, request: web.Request, body: bytes, payload: Payload, checked: CheckedPayload, limit: asyncio.Timeout
+    ) -> Judged:
         """Judges the payload and stores what is closed; what the stream acknowledged is remembered."""
-        await self._learn(keys)
-        checked = check_payload(payload, self.ctx.settings.symbols)
+        await self._learn(checked.sent, limit)
         now = time.time()
         conversion = await self.clock.resolve(
             payload.source,
@@ -228,22 +275,26 @@ class Collector:
             replay=payload.replay,
         )
         judged = judge(payload, checked, now, self.series, self.ctx.settings.symbols, conversion)
+        if judged.unsure and (bases := await self._closes_before(judged.unsure)):
+            judged = judge(payload, checked, now, self.series, self.ctx.settings.symbols, conversion, bases)
         received_at = from_epoch(int(now)).replace(microsecond=int(now % 1 * 1e6))
         headers = {TRACEPARENT: child_traceparent(request.headers.get(TRACEPARENT))}
+        told = [(key, rows) for key, rows in judged.confirmed.items()]
+        told += [(key, layer) for key, layers in judged.layers.items() for layer in layers]
         messages = [
             message
-            for key, layers in judged.layers.items()
-            for layer in layers
-            for message in _blocks(key, layer, payload, received_at, headers, conversion, checked.points.get(key[0]))
+            for key, rows in told
+            for message in _blocks(key, rows, payload, received_at, headers, conversion, checked.points.get(key[0]))
         ]
-        messages += _rejects(body, payload, judged, received_at, headers)
+        messages += reject_messages(body, payload, judged.rejected, received_at, headers)
         if len(messages) == 1:
             await self.bus.store(messages[0])
         elif messages:
-            await self.bus.store_all(messages)
-        for key, layers in judged.layers.items():
-            for layer in layers:
-                self.series[key].remember(layer, payload.origin, payload.server_time)
+            await self.bus.store_all(messages, lambda: self._heard(limit))
+        if messages and self._queued:
+            self._heard(limit)
+        for key, rows in told:
+            self.series[key].remember(rows, payload.origin, payload.server_time)
         for bar in judged.forming:
             await self.bus.emit(
                 FORMING,
@@ -263,34 +314,67 @@ class Collector:
             out += self.backfills.on_accepted(key, layers[0] if layers else (), now, history=past)
         return [] if past else out
 
-    async def _learn(self, keys: Iterable[Key]) -> None:
-        """What the log says of series that memory does not know: its newest message holds the newest bars."""
+    async def _learn(self, keys: Iterable[Key], limit: asyncio.Timeout) -> None:
+        """Makes sure that memory knows what the log says of these series."""
+        unknown = []
         for key in keys:
             if key in self.series:
                 self.series.move_to_end(key)
+            else:
+                unknown.append(key)
+        for start in range(0, len(unknown), LEARNT_AT_ONCE):
+            part = unknown[start : start + LEARNT_AT_ONCE]
+            if len(part) == 1:
+                self.series[part[0]] = await self._newest(*part[0])
                 continue
-            known = Series()
-            symbol, timeframe = key
-            try:
-                raw = await self.bus.js.get_last_msg(
-                    str(CANDLES.stream), CANDLES.subject(timeframe, symbol), direct=True
-                )
-                block = CANDLES.decode(raw.data or b"")
-                known.remember(block.rows, block.source or (REPLAYED if block.replay else ANONYMOUS), block.server_time)
-            except NotFoundError:
-                pass
-            except (NatsError, TimeoutError) as error:
-                raise BusUnavailable(f"NATS did not say what it holds of {symbol} ({type(error).__name__}).") from error
-            self.series[key] = known
+            learnt = await asyncio.gather(*(self._newest(*key) for key in part), return_exceptions=True)
+            for key, known in zip(part, learnt, strict=True):
+                if isinstance(known, BaseException):
+                    raise known
+                self.series[key] = known
+            self._heard(limit)
+        if unknown:
             series_gauge.set(len(self.series), actor=self.name)
 
+    async def _newest(self, symbol: str, timeframe: str) -> Series:
+        """A series as the log's newest message shows it, which holds the newest bars."""
+        known = Series()
+        try:
+            raw = await self.bus.js.get_last_msg(str(CANDLES.stream), CANDLES.subject(timeframe, symbol), direct=True)
+        except NotFoundError:
+            return known
+        except (NatsError, TimeoutError) as error:
+            raise BusUnavailable(f"NATS did not say what it holds of {symbol} ({type(error).__name__}).") from error
+        block = CANDLES.decode(raw.data or b"")
+        known.remember(block.rows, block.source or (REPLAYED if block.replay else ANONYMOUS), block.server_time)
+        return known
+
+    async def _closes_before(self, bars: Sequence[tuple[Key, int]]) -> dict[tuple[Key, int], Close]:
+        """The archive's newest bar before each of some bars that look like jumps; rare, so that nobody else waits for it.
+
+        What it does not say in time, or beyond :data:`LOOKED_UP`, is judged by what memory knows.
+        """
+        out: dict[tuple[Key, int], Close] = {}
+        if self.store is None:
+            return out
+        try:
+            async with asyncio.timeout(LOOK_UP_WAIT):
+                for (symbol, timeframe), ts in bars[:LOOKED_UP]:
+                    found = await self.store.candles(symbol, timeframe, end=from_epoch(ts - 1), limit=1)
+                    for bar in found:
+                        out[(symbol, timeframe), ts] = Close(int(bar.ts.timestamp()), bar.close)
+        except (StoreUnavailable, TimeoutError) as error:
+            self.log.info("archive not asked", action="ingest.look_up", error=str(error) or "no answer in time")
+        return out
+
     def _forget(self) -> None:
-        """Bounds the memory: the least recently used series can be learnt again."""
-        while len(self.series) > self.ctx.settings.features.max_series:
-            key, _ = self.series.popitem(last=False)
-            lock = self._locks.get(key)
-            if lock is not None and not lock.locked():
-                del self._locks[key]
+        """Bounds the memory: the least recently used series can be learnt again. What a request is about stays."""
+        over = len(self.series) - self.ctx.settings.features.max_series
+        if over > 0:
+            free = (key for key in self.series if key not in self._turns)
+            for key in list(itertools.islice(free, over)):
+                del self.series[key]
+            series_gauge.set(len(self.series), actor=self.name)
 
     # --- signals ---------------------------------------------------------------------------------------------------
 
@@ -350,19 +434,6 @@ class Collector:
         return True
 
 
-def _keys(payload: Payload) -> list[Key]:
-    """The payload's series, sorted so that two requests take their locks in the same order."""
-    keys: set[Key] = set()
-    for candle in payload.candles:
-        if isinstance(candle, str):
-            continue
-        symbol = candle.symbol if candle.symbol is not None else payload.symbol
-        timeframe = canonical(candle.timeframe or candle.interval or payload.timeframe or "")
-        if symbol and timeframe and symbol.isprintable():
-            keys.add((symbol, timeframe))
-    return sorted(keys)
-
-
 def _cuts(rows: Sequence[Candle], size: int, conversion: Conversion) -> Iterable[tuple[int, int, str]]:
     """Where to cut rows into messages: after ``size`` rows, and where the way changes in which times became UTC."""
     kinds = [conversion.ts_source_of(int(row.ts.timestamp())) for row in (rows[0], rows[-1])]
@@ -411,24 +482,3 @@ def _blocks(
             msg_id=block_id(symbol, timeframe, part, payload.server_time),
             headers=headers,
         )
-
-
-def _rejects(
-    body: bytes, payload: Payload, judged: Judged, received_at: datetime, headers: Mapping[str, str]
-) -> Iterable[Outgoing]:
-    """Rejected candles, whole and with their reasons, a bounded number to a message."""
-    if not judged.rejected:
-        return
-    envelope, candles = whole(body)
-    for start in range(0, len(judged.rejected), REJECTS_A_MESSAGE):
-        part = judged.rejected[start : start + REJECTS_A_MESSAGE]
-        kept = [{"index": r.place, "error": r.error, "candle": candles[r.place]} for r in part]
-        reject = Reject(
-            where="candles",
-            reason=part[0].error if len(part) == 1 else f"{len(part)} candles: {part[0].error}, ...",
-            at=received_at,
-            payload={**envelope, "candles": kept},
-            source=payload.source or "",
-        )
-        mark = blake2b(msgspec.json.encode((reject.payload, reject.source)), digest_size=16).hexdigest()
-        yield outgoing(REJECTS, reject, "candles", msg_id=mark, headers=headers)

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import structlog
@@ -28,6 +28,7 @@ MIN_SERVER: Final = (2, 12)  # older servers silently ignore fields that the top
 MAX_IN_FLIGHT: Final = 256  # publishes awaiting their acknowledgement in publish_many
 BURST_WAIT: Final = 5.0  # seconds for a burst of publish_many to be acknowledged before the rest is sent again
 RECONNECT_WAIT: Final = 0.2
+CLOSED_EVERY: Final = 0.2  # seconds between two looks whether nats-py has given the connection up
 RETRY_EVERY: Final = 0.25  # seconds between tries of an unacknowledged publish
 STREAM_FULL: Final = frozenset({10047, 10077, 10023, 10028})  # err_codes that mean: no room now
 NO_MESSAGE: Final = 10037  # err_code: the stream is there, and has no such message
@@ -182,6 +183,19 @@ class Bus:
         self._reconnected.append(listener)
         return lambda: self._reconnected.remove(listener)
 
+    async def lost(self) -> NoReturn:
+        """Waits until the connection is closed for good although nobody closed it.
+
+        nats-py closes, and never reconnects, when the server answers with an error such as a subject that is too long.
+        It is looked at, since the callback for it does not come where nats-py's last flush fails.
+
+        Raises:
+            BusUnavailable: it is closed; whoever holds it needs a new one.
+        """
+        while self._closed or not self.nc.is_closed:  # noqa: ASYNC110  # no event tells
+            await asyncio.sleep(CLOSED_EVERY)
+        raise BusUnavailable(f"NATS closed the connection for good ({self.nc.last_error}).")
+
     async def publish(
         self, channel: Channel[M], message: M, *tokens: str, msg_id: str, headers: Mapping[str, str] | None = None
     ) -> int:
@@ -217,8 +231,10 @@ class Bus:
                 f"NATS did not acknowledge {message.subject} in time ({type(error).__name__})."
             ) from error
 
-    async def store_all(self, messages: Sequence[Outgoing]) -> None:
+    async def store_all(self, messages: Sequence[Outgoing], heard: Callable[[], None] = lambda: None) -> None:
         """:meth:`store` for many, in order and without a second try: for whoever is told "send again" instead.
+
+        ``heard`` is called after each :data:`MAX_IN_FLIGHT` of them that are acknowledged.
 
         Raises:
             BusUnavailable: some were not acknowledged within ``publish_timeout``; which of them is unknown.
@@ -229,6 +245,7 @@ class Bus:
             await self._burst(messages, burst, acks, self.settings.publish_timeout)
             if len(acks) < burst[-1] + 1:
                 raise BusUnavailable(f"NATS acknowledged {len(acks)} of {len(messages)} messages in time.")
+            heard()
 
     async def publish_many(self, messages: Sequence[Outgoing], *, budget: float = 60.0) -> list[PubAck]:
         """Publishes in order, :data:`MAX_IN_FLIGHT` in flight, and tries again (same ids) until all are acknowledged.
@@ -306,8 +323,11 @@ class Bus:
                 raise answer
 
     async def emit(self, channel: Channel[M], message: M, *tokens: str) -> None:
-        """Core NATS: at most once, nobody waits."""
-        await self.nc.publish(channel.subject(*tokens), channel.encode(message))
+        """Core NATS: at most once, nobody waits. Raises BusUnavailable where it cannot even be buffered."""
+        try:
+            await self.nc.publish(channel.subject(*tokens), channel.encode(message))
+        except NatsError as error:
+            raise BusUnavailable(f"NATS does not take {channel.prefix} ({type(error).__name__}).") from error
 
     async def request(self, subject: str, payload: bytes = b"", timeout: float = 5.0) -> bytes:
         """Asks an actor.

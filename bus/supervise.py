@@ -134,7 +134,9 @@ async def _run_actor(
         try:
             bus = await Bus.connect(nats_url, name=actor.name, settings=settings.nats)
             await serve_if_needed(bus, actor)
-            await _work(actor, Context(settings, bus, database_url, ready, log, failing))
+            work = _work(actor, Context(settings, bus, database_url, ready, log, failing))
+            # A connection that nats-py has given up never comes back: the actor needs a new one.
+            await run_tasks({f"{actor.name}-work": work, f"{actor.name}-bus": bus.lost()})
             log.error("ended although it should run for ever", action="actor.ended")
         except asyncio.CancelledError:
             raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from hashlib import blake2b
@@ -24,11 +25,15 @@ from schema.timeframes import SECONDS, TIMEFRAMES, canonical
 
 RECENT: Final = 64  # newest bars of a series whose values are remembered to count duplicates
 BELIEVED: Final = 5.0  # seconds that our clock may be behind a bar's end for "closed": true to be believed
+AHEAD: Final = 300.0  # seconds that a payload's clock may be ahead of ours for it to close bars; more is an alert
 JUMP: Final = 2.0  # a high above twice, or a low under half, of the previous close is a jump
 AGREE: Final = 3  # bars in a row that agree make a jump a split
+REACH: Final = 5_000  # bars after which a known close says nothing of an older bar whose own predecessor is unknown
+SOURCES: Final = 16  # sources of which a bar's versions, or forming bars of a series, are remembered
 ANONYMOUS: Final = ""
 REPLAYED: Final = "~replay"  # a replay that names no source: never the owner
 SYMBOL_BYTES: Final = 64
+NESTED: Final = 100  # objects and arrays in one field that are kept as such where a candle is rejected
 VOLUME_LIMIT: Final = 2.0**63
 LATEST: Final = 253_402_300_799  # the end of the year 9999
 MILLISECONDS_FROM: Final = 100_000_000_000  # epoch seconds reach this in the year 5138
@@ -120,11 +125,34 @@ class Bar(Struct, frozen=True):
     closed: bool | None
 
 
+class Version(NamedTuple):
+    """What a source last said of a bar. ``changed``: it has told (or tried to tell) other values of it before."""
+
+    mark: int
+    clock: int | None
+    changed: bool = False
+
+
 class Known(Struct):
     """A closed bar as the gateway remembers it: its close, and the last version that each source sent."""
 
     close: float
-    versions: dict[str, tuple[int, int | None]] = {}  # source: (digest, server_time)
+    versions: dict[str, Version] = {}  # by source, the one heard longest ago first
+
+
+class Close(NamedTuple):
+    """A closed bar's open time and its close."""
+
+    ts: int
+    price: float
+
+
+class Jump(NamedTuple):
+    """A bar that was refused because its price jumps."""
+
+    ts: int
+    low: float
+    high: float
 
 
 class Series(Struct):
@@ -132,9 +160,9 @@ class Series(Struct):
 
     last_ts: int | None = None
     last_close: float | None = None
-    sends_forming: bool = False
+    forming_by: list[str] = []  # sources that have sent forming bars
     recent: dict[int, Known] = {}
-    jumps: list[tuple[float, float]] = []  # (low, high) of the newest bars that jumped in a row
+    jumps: list[Jump] = []  # the last two bars that jumped, each once
 
     def remember(self, rows: Sequence[Candle], source: str, server_time: int | None) -> None:
         """Takes rows that the stream has acknowledged, ascending: of many, only the newest are worth a fingerprint."""
@@ -142,46 +170,83 @@ class Series(Struct):
             ts = int(row.ts.timestamp())
             known = self.recent.setdefault(ts, Known(row.close))
             known.close = row.close
-            known.versions[source] = (digest(row), server_time)
+            mark = digest(row)
+            last = known.versions.pop(source, None)
+            known.versions[source] = Version(
+                mark, server_time, last is not None and (last.changed or last.mark != mark)
+            )
+            if len(known.versions) > SOURCES:
+                del known.versions[next(iter(known.versions))]
             if self.last_ts is None or ts >= self.last_ts:
                 self.last_ts, self.last_close = ts, row.close
         while len(self.recent) > RECENT:
             del self.recent[min(self.recent)]
+        if self.jumps and rows:  # what was refused before a bar that was taken is in one row with nothing after it
+            newest = int(rows[-1].ts.timestamp())
+            self.jumps = [jump for jump in self.jumps if jump.ts > newest]
 
-    def repeats(self, ts: int, source: str, mark: int, server_time: int | None) -> bool:
-        """Whether a version can have no effect: this source sent it last, or has sent another with a newer clock."""
+    def effect(self, ts: int, source: str, mark: int, server_time: int | None) -> str:
+        """What a version of a bar does: ``new``, ``repeat`` (nothing), or ``confirm``.
+
+        A repeat with a newer clock makes what is older than it stale. As long as the bar has had no other values it is
+        remembered here only, since terminals repeat their newest bars all the time; else the stream has to know it too,
+        or an older correction that is still under way would win after a restart.
+        """
         known = self.recent.get(ts)
         last = known.versions.get(source) if known is not None else None
         if known is None or last is None:
-            return False
-        clocks = server_time is not None and last[1] is not None
-        if last[0] == mark:
-            if server_time is not None and (last[1] is None or server_time > last[1]):
-                known.versions[source] = (mark, server_time)
-            return True
-        return clocks and server_time < last[1]  # type: ignore[operator]
+            return "new"
+        if last.mark == mark:
+            if server_time is None or (last.clock is not None and server_time <= last.clock):
+                return "repeat"
+            if last.changed:
+                return "confirm"
+            known.versions[source] = Version(mark, server_time)
+            return "repeat"
+        if server_time is not None and last.clock is not None and server_time < last.clock:
+            known.versions[source] = last._replace(changed=True)
+            return "repeat"
+        return "new"
 
-    def close_before(self, ts: int) -> float | None:
-        """The close of the newest known bar before ``ts``."""
-        if self.last_ts is not None and ts > self.last_ts:
-            return self.last_close
-        before = max((t for t in self.recent if t < ts), default=None)
-        return self.recent[before].close if before is not None else None
+    def before(self, ts: int) -> Close | None:
+        """Of the newest known bar before ``ts``."""
+        if self.last_ts is not None and self.last_close is not None and ts > self.last_ts:
+            return Close(self.last_ts, self.last_close)
+        at = max((t for t in self.recent if t < ts), default=None)
+        return Close(at, self.recent[at].close) if at is not None else None
+
+    def after(self, ts: int) -> Close | None:
+        """Of the oldest known bar after ``ts``."""
+        at = min((t for t in self.recent if t > ts), default=None)
+        return Close(at, self.recent[at].close) if at is not None else None
+
+    def saw_forming(self, source: str) -> None:
+        if source not in self.forming_by:
+            self.forming_by = [*self.forming_by[1 - SOURCES :], source]
+
+    def refused(self, jump: Jump) -> None:
+        """Notes a bar that jumped; the same bar again is no other one."""
+        self.jumps = [*(known for known in self.jumps if known.ts != jump.ts), jump][1 - AGREE :]
 
 
 class Judged(Struct):
     """A payload's outcome before anything is published. ``layers`` hold ascending rows by series; a second layer
-    holds other values for bars of the first (corrections in one payload)."""
+    holds other values for bars of the first (corrections in one payload). ``confirmed`` are duplicates that the stream
+    has to know of. ``unsure`` names refused jumps (series and open time) whose own predecessor is not known here."""
 
     layers: dict[tuple[str, str], list[list[Candle]]]
     forming: list[Bar]
     duplicates: int
     rejected: list[Rejection]
+    confirmed: dict[tuple[str, str], list[Candle]] = {}
+    unsure: list[tuple[tuple[str, str], int]] = []
 
 
 _LIST: Final = msgspec.json.Decoder(list[IngestCandle])
 _ENVELOPE: Final = msgspec.json.Decoder(Envelope)
 _ANY: Final = msgspec.json.Decoder()
+_RAW_LIST: Final = msgspec.json.Decoder(list[msgspec.Raw])
+_RAW_FIELDS: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 def digest(row: Candle) -> int:
@@ -246,7 +311,7 @@ def _read_loosely(value: Any) -> Payload:
         return _payload([_candle(item) for item in value], Envelope(), value)
     if not isinstance(value, dict):
         raise PayloadError("The body is neither a candle, an array of candles, nor an object with items or candles.")
-    items = value.get("items", value.get("candles"))
+    items = _rows(value)
     if items is None:
         items, one = [value], True
         if not {"open", "close", "ts", "time"} & value.keys():
@@ -265,16 +330,38 @@ def _read_loosely(value: Any) -> Payload:
     return _payload([_candle(item) for item in items], envelope, items)
 
 
+def _rows(value: Mapping[str, Any]) -> Any:
+    """What counts as an object's candles: ``items`` unless it is absent or null, else ``candles``; None: neither."""
+    items = value.get("items")
+    return items if items is not None else value.get("candles")
+
+
 def whole(body: bytes) -> tuple[dict[str, Any], list[Any]]:
-    """A payload as it was sent: what stands beside the candles, and the candles, unknown fields included."""
-    value = _ANY.decode(body)
-    if isinstance(value, list):
-        return {}, value
-    items = value.get("items", value.get("candles"))
-    if not isinstance(items, list):
+    """A payload as it was sent: what stands beside the candles, and the candles, unknown fields included.
+
+    It is as :func:`read` took it. What read passed over because it knows no such field, and what could not be read
+    again, is given as its text: a number that no float can hold, and arrays in arrays without end.
+    """
+    if body.lstrip()[:1] == b"[":
+        return {}, [_value(item) for item in _RAW_LIST.decode(body)]
+    fields = _RAW_FIELDS.decode(body)
+    rows = _rows({name: raw for name, raw in fields.items() if bytes(raw) != b"null"})
+    if rows is None or bytes(rows)[:1] != b"[":
         names = {"source", "server_time", "gmt_time", "history", "replay"}
-        return {name: value[name] for name in names if name in value}, [value]
-    return {name: field for name, field in value.items() if name not in ("items", "candles")}, items
+        one = {name: _value(raw) for name, raw in fields.items()}
+        return {name: one[name] for name in names if name in one}, [one]
+    beside = {name: _value(raw) for name, raw in fields.items() if name not in ("items", "candles")}
+    return beside, [_value(item) for item in _RAW_LIST.decode(rows)]
+
+
+def _value(raw: msgspec.Raw) -> Any:
+    text = bytes(raw)
+    try:
+        if text.count(b"[") + text.count(b"{") <= NESTED:
+            return _ANY.decode(text)
+    except msgspec.ValidationError:
+        pass
+    return text.decode()
 
 
 def _candle(item: Any) -> IngestCandle | str:
@@ -402,15 +489,34 @@ def place(checked: Checked, clock: Conversion) -> Bar:
 
 
 def _jumps(candle: Candle, base: float) -> bool:
-    return candle.high > JUMP * base or candle.low < base / JUMP
+    """Whether a price lies over twice or under half of the close before; only positive prices have such a ratio."""
+    return base > 0.0 and (candle.high > JUMP * base or 0.0 < candle.low < base / JUMP)
 
 
-def _is_split(ranges: Sequence[tuple[float, float]]) -> bool:
-    """Whether bars in a row, given as (low, high), agree: every price within a factor of two of every other."""
-    if len(ranges) < AGREE:
+class _Runs:
+    """Which bars of a series follow each other, as far as a payload and the jumps before it tell: for the split rule.
+
+    Bars of the payload count once, and only those that are closed; it is built when the first bar jumps.
+    """
+
+    def __init__(self, closed: Iterable[Bar], known: Series) -> None:
+        ranges = {jump.ts: jump for jump in known.jumps}
+        ranges |= {bar.ts: Jump(bar.ts, bar.candle.low, bar.candle.high) for bar in closed}
+        self._times = sorted(ranges)
+        self._ranges = ranges
+        self._known = sorted(ts for ts in known.recent if ts not in ranges)
+
+    def is_split(self, jump: Jump) -> bool:
+        """Whether three bars in a row agree, this one among them: every price within a factor of two of every other."""
+        at = bisect_left(self._times, jump.ts)
+        for start in range(max(at - AGREE + 1, 0), min(at + 1, len(self._times) - AGREE + 1)):
+            times = self._times[start : start + AGREE]
+            if bisect_left(self._known, times[0]) != bisect_left(self._known, times[-1]):
+                continue  # a bar that is known stands between them
+            bars = [jump if ts == jump.ts else self._ranges[ts] for ts in times]
+            if max(bar.high for bar in bars) <= JUMP * min(bar.low for bar in bars):
+                return True
         return False
-    newest = ranges[-AGREE:]
-    return max(high for _, high in newest) <= JUMP * min(low for low, _ in newest)
 
 
 class CheckedPayload(Struct):
@@ -449,12 +555,14 @@ def judge(
     series: Mapping[tuple[str, str], Series],
     symbols: Mapping[str, Symbol],
     conversion: Conversion = AS_UTC,
+    bases: Mapping[tuple[tuple[str, str], int], Close] = {},
 ) -> Judged:
     """Decides what each candle of a payload is. ``now`` is our clock (epoch seconds).
 
     ``series`` holds what is known of the payload's series (missing: nothing). It is not changed, but for
-    ``sends_forming``, ``jumps`` and confirmed clocks, which describe the sender and not the stream. ``conversion``
-    says what the sender's times mean.
+    ``forming_by``, ``jumps`` and confirmed clocks, which describe the sender and not the stream, so that the same may be
+    judged again. ``conversion`` says what the sender's times mean; ``bases`` the close before a bar (series and open
+    time) where somebody else knows it. ``symbols`` has had its say in :func:`check_payload`.
     """
     out = Judged({}, [], 0, list(checked.rejected))
     groups: dict[tuple[str, str], list[Bar]] = {}
@@ -468,24 +576,32 @@ def judge(
     clock = _clock(payload, now, conversion)
     for key, bars in groups.items():
         bars.sort(key=lambda bar: bar.ts)
-        _judge_series(key, bars, payload, clock, now, series.get(key) or Series(), symbols, out)
+        _judge_series(key, bars, payload, clock, series.get(key) or Series(), bases, out)
     out.rejected.sort()
     return out
 
 
 class _Clock(Struct, frozen=True):
-    """The now by which bars are judged (UTC epoch seconds); None: each bar's own end. ``sender``: it is the sender's."""
+    """The nows by which bars are judged (UTC epoch seconds); None: each bar's own end.
 
-    now: float | None
+    ``payload`` closes bars; ``sender`` says that it is the sender's. ``ours`` is what a sender cannot set (but for a
+    replay, whose now stands in for ours): nothing is believed that it contradicts.
+    """
+
+    payload: float | None
+    ours: float | None
     sender: bool
 
 
 def _clock(payload: Payload, now: float, conversion: Conversion) -> _Clock:
     if payload.replay:
-        return _Clock(None if payload.gmt_time is None else float(payload.gmt_time), True)
+        at = None if payload.gmt_time is None else float(payload.gmt_time)
+        return _Clock(at, at, True)
     if payload.server_time is not None:
-        return _Clock(float(conversion.to_utc(payload.server_time)), True)
-    return _Clock(now, False)
+        at = float(conversion.to_utc(payload.server_time))
+        if at - now <= AHEAD:  # a payload that waited somewhere is behind, which is right; one from the future is not
+            return _Clock(at, now, True)
+    return _Clock(now, now, False)
 
 
 def _judge_series(
@@ -493,42 +609,52 @@ def _judge_series(
     bars: list[Bar],
     payload: Payload,
     clock: _Clock,
-    now: float,
     known: Series,
-    symbols: Mapping[str, Symbol],
+    bases: Mapping[tuple[tuple[str, str], int], Close],
     out: Judged,
 ) -> None:
     length = SECONDS[key[1]]
+    while clock.ours is not None and bars and bars[-1].ts - clock.ours > length:
+        out.rejected.append(Rejection(bars.pop().index, "ts is more than one bar in the future", "future"))
+    if not bars:
+        return
     newest = max(bars[-1].ts, known.last_ts or 0)
+    source = payload.origin
+    closed: list[Bar] = []
+    for bar in bars:
+        if _is_closed(bar, newest, clock, known, source):
+            closed.append(bar)
+        else:
+            known.saw_forming(source)
+            out.forming.append(bar)
     layers: list[list[Candle]] = []
     fingerprints: dict[int, set[int]] = {}
-    previous: float | None = None
-    may_fall_below_zero = (found := symbols.get(key[0])) is not None and found.allow_non_positive
-    for at, bar in enumerate(bars):
-        judged_at = bar.end if clock.now is None else clock.now
-        if bar.ts - judged_at > length:
-            out.rejected.append(Rejection(bar.index, "ts is more than one bar in the future", "future"))
-            continue
-        if not _is_closed(bar, newest, judged_at, clock.sender, now, known):
-            known.sends_forming = True
-            out.forming.append(bar)
-            continue
+    previous: Close | None = None
+    runs: _Runs | None = None
+    for bar in closed:
         mark = digest(bar.candle)
         seen = fingerprints.setdefault(bar.ts, set())
-        if mark in seen or (not seen and known.repeats(bar.ts, payload.origin, mark, payload.server_time)):
+        effect = "new" if seen else known.effect(bar.ts, source, mark, payload.server_time)
+        if mark in seen or effect != "new":
             out.duplicates += 1
-            previous = bar.candle.close
+            previous = Close(bar.ts, bar.candle.close)
+            if effect == "confirm":
+                rows = out.confirmed.setdefault(key, [])
+                if not rows or rows[-1].ts != bar.candle.ts:
+                    rows.append(bar.candle)
             continue
-        base = previous if previous is not None else known.close_before(bar.ts)
-        if base is not None and base > 0 and not may_fall_below_zero and _jumps(bar.candle, base):
-            ahead = [(b.candle.low, b.candle.high) for b in bars[at : at + AGREE]]
-            known.jumps = [*known.jumps[1 - AGREE :], (bar.candle.low, bar.candle.high)]
-            if not _is_split(ahead) and not _is_split(known.jumps):
+        base, sure = _base(bar.ts, previous, known, length, bases.get((key, bar.ts)))
+        if base is not None and _jumps(bar.candle, base):
+            runs = runs or _Runs(closed, known)
+            jump = Jump(bar.ts, bar.candle.low, bar.candle.high)
+            if not runs.is_split(jump):
+                known.refused(jump)
                 reason = f"price jumps from {base} (over twice, or under half)"
                 out.rejected.append(Rejection(bar.index, reason, "jump"))
+                if not sure:
+                    out.unsure.append((key, bar.ts))
                 continue
-        previous = bar.candle.close
-        known.jumps = []
+        previous = Close(bar.ts, bar.candle.close)
         depth = len(seen)
         seen.add(mark)
         while len(layers) <= depth:
@@ -538,13 +664,30 @@ def _judge_series(
         out.layers[key] = layers
 
 
-def _is_closed(bar: Bar, newest: int, judged_at: float, sender_clock: bool, now: float, known: Series) -> bool:
+def _base(ts: int, previous: Close | None, known: Series, length: int, told: Close | None) -> tuple[float | None, bool]:
+    """The close that a bar's prices are measured by (None: there is none), and whether it is surely the one before.
+
+    It is that of the bar before, in the payload or in memory. Memory holds the newest bars only, and after a restart
+    the log's last message: where the bar right before is not among them, what the archive ``told`` may be nearer. Of a
+    bar older than everything that is known the next close after it is taken, if it is not too far away.
+    """
+    if previous is not None and ts - previous.ts <= length:
+        return previous.price, True
+    found = [close for close in (previous, told, known.before(ts)) if close is not None]
+    if found:
+        before = max(found)
+        return before.price, told is not None or ts - before.ts <= length
+    after = known.after(ts)
+    return (after.price, False) if after is not None and after.ts - ts <= REACH * length else (None, False)
+
+
+def _is_closed(bar: Bar, newest: int, clock: _Clock, known: Series, source: str) -> bool:
     if bar.closed is False:
         return False
-    if bar.closed and bar.end - (judged_at if sender_clock else now) <= BELIEVED:
+    if bar.closed and (clock.ours is None or bar.end - clock.ours <= BELIEVED):
         return True
     if bar.ts < newest:
         return True
-    if sender_clock:
-        return judged_at >= bar.end
-    return not known.sends_forming and judged_at >= bar.end
+    if clock.payload is not None and clock.payload < bar.end:
+        return False
+    return clock.sender or source not in known.forming_by
