@@ -47,6 +47,8 @@ from actors.gateway.deps import GatewayDeps
 from actors.gateway.problems import HttpProblem, answer, unavailable
 from bus.client import BusUnavailable, Outgoing, outgoing
 from bus.consume import Reader, StreamReplaced
+from bus.status import judge as judge_actor
+from bus.status import scrape, statuses
 from bus.store import Store
 from bus.subjects import CANDLES, FORMING, REJECTS, SIGNALS
 from bus.supervise import ConfigurationError, Context, run_tasks
@@ -75,7 +77,6 @@ from schema.timeframes import canonical
 FEW: Final = 3  # up to so many new candles of a series travel one a message, so that repeats cut alike
 REJECTS_A_MESSAGE: Final = 200  # rejected candles kept in one message: well under NATS' 1 MB
 PEERS: Final = ("features", "emitter", "recorder", "trainer")
-PING_WAIT: Final = 0.5
 
 Key = tuple[str, str]
 
@@ -110,6 +111,7 @@ class Collector:
             store=store,
             ready=lambda: self.bus.connected,
             checks=self._checks,
+            scrape=lambda: scrape(self.bus, PEERS, self.ctx.process),
             signals_after=self._signals_after,
             clock_of=self._clock_of,
             given_up=self.backfills.given_up,
@@ -333,21 +335,10 @@ class Collector:
         if not self.bus.connected:
             return {"bus": Check(status="down", detail="NATS is not connected: candles are refused with 503.")}
         checks = {"bus": Check(status="ok", detail="NATS is connected.")}
-        alive = await asyncio.gather(*(self._pings(peer) for peer in PEERS))
-        for peer, answers in zip(PEERS, alive, strict=True):
-            checks[peer] = (
-                Check(status="ok", detail="Answers.")
-                if answers
-                else Check(status="degraded", detail=f"Does not answer: start it with `mt5 up {peer}`.")
-            )
+        for peer, found in (await statuses(self.bus, PEERS, own=self.ctx.process)).items():
+            status, detail = judge_actor(peer, found)
+            checks[peer] = Check(status=status, detail=detail)
         return checks
-
-    async def _pings(self, peer: str) -> bool:
-        try:
-            await self.bus.nc.request(f"$SRV.PING.{peer}", b"", timeout=PING_WAIT)
-        except (NatsError, TimeoutError):
-            return False
-        return True
 
 
 def _keys(payload: Payload) -> list[Key]:

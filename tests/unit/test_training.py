@@ -122,9 +122,7 @@ def leaking(market: Dataset, share: float) -> Dataset:
     rng = np.random.default_rng(5)
     knows = rng.random(len(market.spread)) < share
     rsi = np.where(knows, 50 + 20 * np.sign(market.fwd_ret_5), market.columns.rsi)
-    return Dataset(
-        market.symbols, market.symbol, market.columns._replace(rsi=rsi), market.spread, market.fwd_ret_5
-    )
+    return Dataset(market.symbols, market.symbol, market.columns._replace(rsi=rsi), market.spread, market.fwd_ret_5)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
