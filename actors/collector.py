@@ -49,6 +49,8 @@ from actors.gateway.problems import HttpProblem, answer, unavailable
 from actors.gateway.rejected import reject_messages
 from bus.client import BusUnavailable, Outgoing, outgoing
 from bus.consume import Reader, StreamReplaced
+from bus.status import judge as judge_actor
+from bus.status import scrape, statuses
 from bus.store import Store, StoreUnavailable
 from bus.subjects import CANDLES, FORMING, SIGNALS
 from bus.supervise import ConfigurationError, Context, run_tasks
@@ -78,7 +80,6 @@ LEARNT_AT_ONCE: Final = 64  # series that the log is asked for side by side
 LOOKED_UP: Final = 8  # bars of one payload for whose predecessor the archive is asked
 LOOK_UP_WAIT: Final = 0.5
 PEERS: Final = ("features", "emitter", "recorder", "trainer")
-PING_WAIT: Final = 0.5
 
 Key = tuple[str, str]
 
@@ -125,6 +126,7 @@ class Collector:
             store=store,
             ready=lambda: self.bus.connected,
             checks=self._checks,
+            scrape=lambda: scrape(self.bus, PEERS, self.ctx.process),
             signals_after=self._signals_after,
             clock_of=self._clock_of,
             given_up=self.backfills.given_up,
@@ -417,21 +419,10 @@ class Collector:
         if not self.bus.connected:
             return {"bus": Check(status="down", detail="NATS is not connected: candles are refused with 503.")}
         checks = {"bus": Check(status="ok", detail="NATS is connected.")}
-        alive = await asyncio.gather(*(self._pings(peer) for peer in PEERS))
-        for peer, answers in zip(PEERS, alive, strict=True):
-            checks[peer] = (
-                Check(status="ok", detail="Answers.")
-                if answers
-                else Check(status="degraded", detail=f"Does not answer: start it with `mt5 up {peer}`.")
-            )
+        for peer, found in (await statuses(self.bus, PEERS, own=self.ctx.process)).items():
+            status, detail = judge_actor(peer, found)
+            checks[peer] = Check(status=status, detail=detail)
         return checks
-
-    async def _pings(self, peer: str) -> bool:
-        try:
-            await self.bus.nc.request(f"$SRV.PING.{peer}", b"", timeout=PING_WAIT)
-        except (NatsError, TimeoutError):
-            return False
-        return True
 
 
 def _cuts(rows: Sequence[Candle], size: int, conversion: Conversion) -> Iterable[tuple[int, int, str]]:

@@ -171,6 +171,11 @@ class Emitter:
                 self.active.setdefault(timeframe, []).append(
                     Activation(event.from_seq or 0, event.version, event.state, await self._load_activated(event))
                 )
+            if self.active[timeframe][-1].model is None:
+                self.ctx.standing.concerns[timeframe] = (
+                    f"Model {events[-1].version} cannot be loaded: {timeframe} signals say no_model until `mt5 train "
+                    f"--timeframe {timeframe}` or `mt5 models promote` gives another one."
+                )
         return list(waiting.values())
 
     async def _load_activated(self, event: ModelEvent) -> ServedModel | None:
@@ -274,6 +279,7 @@ class Emitter:
             serving = self.active.setdefault(event.timeframe, [])
             serving.append(Activation(from_seq, event.version, event.state, model))
             self.versions.setdefault(event.timeframe, []).append((from_seq, event.version))
+            self.ctx.standing.concerns.pop(event.timeframe, None)
         while len(serving) > 1 and serving[1].from_seq <= self._done + 1:
             del serving[0]  # no candle will ask for it again
         keep = {(a.model.manifest.name, a.version) for rows in self.active.values() for a in rows if a.model}

@@ -22,7 +22,9 @@ from bus.subjects import (
     SIGNALS,
     TRAIN,
     Channel,
+    metrics_of,
     owner_consumer,
+    status_of,
 )
 from bus.topology import model_name
 from schema.timeframes import TIMEFRAMES
@@ -98,7 +100,8 @@ _PUBLISH: Final[dict[str, tuple[str, ...]]] = {
         *_read(_name(SIGNALS)),
         ALERTS.wildcard,
         *_bucket(CLOCK),
-        "$SRV.PING.*",
+        status_of("*"),
+        metrics_of("*"),
     ),
     "features": (
         FEATURES.wildcard,
@@ -140,7 +143,7 @@ def users() -> list[User]:
         User(
             name,
             (*publish, f"{REJECTS.prefix}.{'candles' if name == 'collector' else name}", *_EVERYONE),
-            (f"_INBOX_{name}.>", "$SRV.>", *_SUBSCRIBE[name]),
+            (f"_INBOX_{name}.>", "$SRV.>", status_of(name), metrics_of(name), *_SUBSCRIBE[name]),
         )
         for name, publish in _PUBLISH.items()
     ]

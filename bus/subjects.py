@@ -89,6 +89,16 @@ ROLLBACK: Final = "models.rollback"
 SIGNAL_AGAIN: Final = "emitter.again"
 
 
+def status_of(actor: str) -> str:
+    """Asks each of an actor's processes how it is."""
+    return f"status.{actor}"
+
+
+def metrics_of(actor: str) -> str:
+    """Asks each of an actor's processes for its metrics."""
+    return f"metrics.{actor}"
+
+
 def owner_consumer(actor: str, partition: int = 0) -> str:
     """The consumer of the bucket ``owners`` that hands out an actor's share of the series."""
     return f"{actor}-{partition}"

@@ -20,6 +20,7 @@ from bus.client import Bus, BusTooOld, BusUnavailable
 from bus.consume import Failing, StreamReplaced
 from bus.forward import WentBackwards
 from bus.ownership import Ownership, OwnershipLost
+from bus.status import Process, Standing, answer
 from bus.telemetry import actor_restarts_total
 from bus.writer import Superseded
 from schema.settings import Settings
@@ -27,6 +28,7 @@ from schema.settings import Settings
 BACKOFF_FIRST: Final = 0.2
 BACKOFF_MAX: Final = 10.0
 HEALTHY_AFTER: Final = 30.0  # seconds of running after which the backoff starts anew
+WITHDRAW_SECONDS: Final = 2.0  # for a failed actor's service to go
 STOP_BUDGET: Final = 6.0  # all actors together; the whole `up` has 10 s
 VERSION: Final = "0.1.0"
 
@@ -47,6 +49,8 @@ class Context:
     ready: Callable[[], None]
     log: Any
     failing: Failing = field(default_factory=Failing)  # outlives the actor's restarts
+    process: Process = field(default_factory=lambda: Process.of([""]))
+    standing: Standing = field(default_factory=lambda: Standing("", Process.of([""])))
 
 
 class Actor(Protocol):
@@ -119,42 +123,63 @@ async def _run_actor(
     nats_url: str,
     database_url: str | None,
     on_ready: Callable[[str], None],
+    process: Process,
 ) -> None:
     log = structlog.get_logger(actor.name).bind(actor=actor.name)
     backoff = BACKOFF_FIRST
     failing = Failing()
+    standing = process.standings[actor.name]
 
     def ready() -> None:
+        standing.enter("working")
         log.info("ready", action="actor.ready")
         on_ready(actor.name)
 
     while True:
         started = time.monotonic()
         bus: Bus | None = None
+        service: Service | None = None
+        standing.enter("starting")
         try:
-            bus = await Bus.connect(nats_url, name=actor.name, settings=settings.nats)
-            await serve_if_needed(bus, actor)
-            work = _work(actor, Context(settings, bus, database_url, ready, log, failing))
-            # A connection that nats-py has given up never comes back: the actor needs a new one.
-            await run_tasks({f"{actor.name}-work": work, f"{actor.name}-bus": bus.lost()})
-            log.error("ended although it should run for ever", action="actor.ended")
-        except asyncio.CancelledError:
-            raise
-        except (ConfigurationError, BusTooOld, WentBackwards):
-            raise
-        except (BusUnavailable, StreamReplaced, Superseded, OwnershipLost, NatsError, APIError) as error:
-            # The bus is away, what it holds has changed, or another process works: starting again recovers from each.
-            log.warning("starts again", action="actor.again", error=f"{type(error).__name__}: {error}")
-        except Exception:
-            log.exception("failed and is started again", action="actor.failed")
-        finally:
+            try:
+                bus = await Bus.connect(nats_url, name=actor.name, settings=settings.nats)
+                await answer(bus, standing)
+                service = await serve_if_needed(bus, actor)
+                ctx = Context(settings, bus, database_url, ready, log, failing, process, standing)
+                # A connection that nats-py has given up never comes back: the actor needs a new one.
+                await run_tasks({f"{actor.name}-work": _work(actor, ctx), f"{actor.name}-bus": bus.lost()})
+                standing.fail("It ended although it should run for ever.")
+                log.error("ended although it should run for ever", action="actor.ended")
+            except (ConfigurationError, BusTooOld, WentBackwards):
+                raise
+            except (BusUnavailable, StreamReplaced, Superseded, OwnershipLost, NatsError, APIError) as error:
+                # The bus is away, what it holds has changed, or another process works: starting again recovers from each.
+                standing.fail(str(error) or type(error).__name__)
+                log.warning("starts again", action="actor.again", error=f"{type(error).__name__}: {error}")
+            except Exception as error:
+                standing.fail(f"{type(error).__name__}: {error}")
+                log.exception("failed and is started again", action="actor.failed")
+            actor_restarts_total.inc(actor=actor.name)
+            if time.monotonic() - started > HEALTHY_AFTER:
+                backoff = BACKOFF_FIRST
             if bus is not None:
+                if bus.connected:
+                    await _withdraw(bus, service)
+                else:
+                    await bus.close()
+            await asyncio.sleep(backoff)
+            backoff = min(2 * backoff, BACKOFF_MAX)
+        finally:
+            if bus is not None and not bus.nc.is_closed:
                 await bus.close()
-        actor_restarts_total.inc(actor=actor.name)
-        if time.monotonic() - started > HEALTHY_AFTER:
-            backoff = BACKOFF_FIRST
-        await asyncio.sleep(backoff)
-        backoff = min(2 * backoff, BACKOFF_MAX)
+
+
+async def _withdraw(bus: Bus, service: Service | None) -> None:
+    """A failed actor is no service; its connection stays until the next try, to answer how it is."""
+    if service is not None:
+        with contextlib.suppress(NatsError, TimeoutError):
+            async with asyncio.timeout(WITHDRAW_SECONDS):
+                await service.stop()
 
 
 async def _work(actor: type[Actor], ctx: Context) -> None:
@@ -162,17 +187,24 @@ async def _work(actor: type[Actor], ctx: Context) -> None:
         await actor(ctx).run()
         return
     ownership = Ownership(ctx.bus, actor.name)
+
+    def standby() -> None:
+        ctx.ready()
+        ctx.standing.enter("standby")
+
     try:
-        await ownership.acquire(standby=ctx.ready)
+        await ownership.acquire(standby=standby)
+        ctx.standing.enter("starting")
         await run_tasks({actor.name: actor(ctx).run(), f"{actor.name}-owner": ownership.hold()})
     finally:
         await ownership.release()
 
 
-async def serve_if_needed(bus: Bus, actor: type[Actor]) -> None:
+async def serve_if_needed(bus: Bus, actor: type[Actor]) -> Service | None:
     """Registers an actor that has no endpoints of its own; one with endpoints calls :func:`serve` itself."""
-    if not getattr(actor, "own_service", False):
-        await serve(bus, actor.name, actor.description)
+    if getattr(actor, "own_service", False):
+        return None
+    return await serve(bus, actor.name, actor.description)
 
 
 async def run_actors(
@@ -190,9 +222,11 @@ async def run_actors(
         ConfigurationError: an actor cannot run with these settings.
         WentBackwards: CANDLES has lost what was read from it.
     """
+    process = Process.of([actor.name for actor in actors])
     tasks = {
         asyncio.create_task(
-            _run_actor(actor, settings, nats_urls[actor.name], database_url, on_ready), name=f"actor-{actor.name}"
+            _run_actor(actor, settings, nats_urls[actor.name], database_url, on_ready, process),
+            name=f"actor-{actor.name}",
         )
         for actor in actors
     }

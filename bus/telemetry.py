@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Mapping
 from typing import Final
@@ -32,6 +33,7 @@ LATENCY_BUCKETS: Final = [
 ]
 
 REGISTRY: Final = Registry()
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def _escape(value: str) -> str:
@@ -68,6 +70,12 @@ class GaugeMetric:
     def set(self, value: float, **labels: str) -> None:
         self._metric.set(_safe(labels), value)
 
+    def largest(self, **labels: str) -> float | None:
+        """The largest value among those that have these labels; None where there is none."""
+        wanted = _safe(labels).items()
+        found = [float(str(value)) for known, value in self._metric.get_all() if wanted <= known.items()]
+        return max(found, default=None)
+
 
 class HistogramMetric:
     """No symbol label here: rendering cost and cardinality would grow with the series."""
@@ -100,10 +108,44 @@ parked_total: Final = CounterMetric("mt5_parked_total", "Messages that an actor 
 series_gauge: Final = GaugeMetric("mt5_series", "Series known to an actor.")
 
 
-def render(accept: str = "text/plain") -> tuple[bytes, str]:
-    """The whole registry as (body, content type)."""
-    body, headers = _render(REGISTRY, [accept] if accept else ["text/plain"])
-    return body, headers["Content-Type"]
+def render() -> bytes:
+    """The whole registry as text of :data:`CONTENT_TYPE`."""
+    body: bytes = _render(REGISTRY, ["text/plain"])[0]
+    return body
+
+
+_SAMPLE: Final = re.compile(r'([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{((?:[^"{}]|"(?:[^"\\]|\\.)*")*)\})? (\S+)')
+_SUFFIXES: Final = ("", "_bucket", "_sum", "_count")
+_UP: Final = "mt5_up"
+
+
+def merge(texts: Mapping[str, str], up: Mapping[str, int]) -> str:
+    """Several processes' texts as one: each family once, each sample labelled with the ``process`` that it is of.
+
+    ``up`` becomes the family ``mt5_up``. What is no Prometheus text, or gives a family another type than before, is left out.
+    """
+    heads: dict[str, tuple[str, str]] = {}
+    samples: dict[str, list[str]] = {}
+    for process, text in texts.items():
+        label = f'process="{_escape(process)}"'
+        docs: dict[str, str] = {}
+        family, names = "", frozenset[str]()
+        for line in text.split("\n"):
+            words = line.split(" ", 3)
+            if line.startswith("# HELP ") and len(words) == 4:
+                docs[words[2]] = line
+            elif line.startswith("# TYPE ") and len(words) == 4:
+                family, names = words[2], frozenset(words[2] + suffix for suffix in _SUFFIXES)
+                if family == _UP or heads.setdefault(family, (docs.get(family, ""), line))[1] != line:
+                    names = frozenset()
+            elif (found := _SAMPLE.fullmatch(line)) and found[1] in names:
+                labels = f"{label},{found[2]}" if found[2] else label
+                samples.setdefault(family, []).append(f"{found[1]}{{{labels}}} {found[3]}")
+    out = [f"# HELP {_UP} 1 where the process answered this scrape.", f"# TYPE {_UP} gauge"]
+    out += [f'{_UP}{{process="{_escape(process)}"}} {value}' for process, value in up.items()]
+    for family, head in heads.items():
+        out += [*filter(None, head), *samples.get(family, ())]
+    return "\n".join(out) + "\n"
 
 
 def new_traceparent() -> str:

@@ -15,10 +15,12 @@ from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, Literal
+from urllib.parse import urlsplit
 
 from commands.output import DONE, NO, CommandError, complain, write_json
 from commands.places import Places, bus_of, find, running, starting
 from commands.settings import Loaded, read, read_file
+from commands.up import ACTORS
 from schema.load import SettingsError, holds_secrets, mask_url
 
 State = Literal["ok", "note", "wrong"]
@@ -28,6 +30,7 @@ FREE_BYTES: Final = 2 * 1024**3  # a full disk stops the streams, and nats-serve
 RELEASED: Final = datetime(2025, 1, 1, tzinfo=UTC)  # a clock before this has never been set
 CLOCK_SECONDS: Final = 2.0
 CHECK_SECONDS: Final = 15.0
+ACTORS_SECONDS: Final = 2.0
 MODULES: Final = ("nats", "asyncpg", "aiohttp", "numpy", "scipy", "sklearn", "skl2onnx", "onnx", "onnxruntime", "rich")
 MARKS: Final[dict[State, str]] = {"ok": "ok   ", "note": "note ", "wrong": "WRONG"}
 
@@ -100,8 +103,10 @@ async def _installation(loaded: Loaded) -> list[Finding]:
     checks: list[tuple[str, Callable[[Places, Loaded], Awaitable[list[Finding]]]]] = []
     if up is not None and up["gateway"]:
         checks.append(("gateway", _gateway))
+    elif up is None and places.gateway is not None:
+        checks.append(("gateway", _given_gateway))
     if places.nats is not None:
-        checks.append(("nats", _nats))
+        checks += [("nats", _nats), ("actors", _actors)]
     if places.database is not None:
         checks.append(("database", _database))
     for name, check in checks:
@@ -251,14 +256,58 @@ async def _gateway(places: Places, loaded: Loaded) -> list[Finding]:
             report = await response.json()
     except (aiohttp.ClientError, OSError, ValueError) as error:
         return [Finding("gateway", "wrong", f"{url} does not answer ({error})", f"See {loaded.home / 'logs'}.")]
-    failing = {name: check for name, check in report.get("checks", {}).items() if check["status"] != "ok"}
-    if response.status not in {200, 503} or (not failing and report.get("status") != "ok"):
+    if response.status not in {200, 503} or "checks" not in report:
         return [Finding("gateway", "wrong", f"{url} answers {response.status}: {report.get('error', report)}")]
+    failing = {
+        name: check
+        for name, check in report["checks"].items()
+        if check["status"] != "ok" and name not in ACTORS  # these are asked themselves
+    }
     if not failing:
-        return [Finding("gateway", "ok", f"{url} says ok")]
+        return [Finding("gateway", "ok", f"{url} answers")]
     return [
         Finding(f"gateway, {name}", "wrong", f"{check['status']}: {check['detail']}") for name, check in failing.items()
     ]
+
+
+async def _given_gateway(places: Places, loaded: Loaded) -> list[Finding]:
+    """The gateway where the settings would have it; with given servers it may as well run on another host."""
+    import aiohttp
+
+    url = f"{places.need_gateway()}/live"
+    try:
+        async with aiohttp.ClientSession() as session, session.get(url):
+            pass
+    except (aiohttp.ClientError, OSError):
+        seen = f"nothing answers at {places.gateway}"
+        return [Finding("gateway", "note", seen, "Where it should run on this host: `mt5 up collector`.")]
+    return await _gateway(places, loaded)
+
+
+async def _actors(places: Places, loaded: Loaded) -> list[Finding]:
+    """Every actor's own word, wherever it runs."""
+    from bus.status import judge, statuses
+
+    user = urlsplit(places.need_nats()).username
+    if user in ACTORS:
+        mend = "Give the operator's URL in MT5_NATS_URL to see them."
+        return [Finding("actors", "note", f"the NATS user {user} may not ask the others", mend)]
+    async with bus_of(places, loaded) as bus:
+        found = await statuses(bus, list(ACTORS), wait=ACTORS_SECONDS)
+    if not any(found.values()):
+        return [Finding("actors", "wrong", "none answers", "Start them with `mt5 up`; a log says why one has ended.")]
+    findings = []
+    for actor, answers in found.items():
+        health, detail = judge(actor, answers)
+        if not answers:
+            mend = f"Start it with `mt5 up {actor}`; its log says why it has ended."
+            findings.append(Finding(actor, "wrong", "does not answer", mend))
+        elif health == "ok":
+            findings.append(Finding(actor, "ok", detail))
+        else:
+            hosts = ", ".join(sorted({answer.host for answer in answers}))
+            findings.append(Finding(actor, "wrong", detail, f"See its log on {hosts}."))
+    return findings
 
 
 async def _nats(places: Places, loaded: Loaded) -> list[Finding]:

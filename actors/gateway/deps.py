@@ -9,9 +9,15 @@ from actors.core.sessions import ClockOf, Span, no_clock
 from actors.gateway.answers import Check
 from actors.gateway.auth import Guard
 from actors.gateway.broadcast import Broadcaster
+from bus import telemetry
 from bus.store import Store
 from schema.messages import Signal
 from schema.settings import Settings
+
+
+async def own_metrics() -> bytes:
+    """This process' alone."""
+    return telemetry.render()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +27,7 @@ class GatewayDeps:
     ``ready``: the bus is connected and the series' state is known. ``checks``: what the collector knows of the bus and
     of the actors behind it (the archive's check is added by /health). ``signals_after``: at most that many of the
     SIGNALS stream's messages after a sequence, in order, empty at the stream's end; raises BusUnavailable.
-    ``clock_of``: a source's clock. ``given_up``: spans of a series (symbol, timeframe) that were asked for in vain.
+    ``scrape``: the metrics of every process as Prometheus text. ``clock_of``: a source's clock. ``given_up``: spans of a series (symbol, timeframe) that were asked for in vain.
     """
 
     settings: Settings
@@ -31,5 +37,6 @@ class GatewayDeps:
     ready: Callable[[], bool]
     checks: Callable[[], Awaitable[Mapping[str, Check]]]
     signals_after: Callable[[int, int], Awaitable[Sequence[tuple[int, Signal]]]]
+    scrape: Callable[[], Awaitable[bytes]] = own_metrics
     clock_of: ClockOf = no_clock
     given_up: Callable[[str, str], Sequence[Span]] = lambda symbol, timeframe: ()

@@ -123,8 +123,8 @@ class Reads:
         return answer(Probe(status="starting"), status=503, headers={"Retry-After": "1"})
 
     async def metrics(self, _: web.Request) -> web.StreamResponse:
-        body, content_type = telemetry.render()
-        return web.Response(body=body, headers={"Content-Type": content_type, "Cache-Control": NO_STORE})
+        body = await self._deps.scrape()
+        return web.Response(body=body, headers={"Content-Type": telemetry.CONTENT_TYPE, "Cache-Control": NO_STORE})
 
     async def _check_archive(self) -> Check:
         try:

@@ -13,6 +13,7 @@ from actors.emitter import Emitter
 from actors.features import Features
 from bus import topology
 from bus.client import Bus
+from bus.status import judge, statuses
 from bus.subjects import FEATURES, MODEL_FILES, MODELS, SIGNALS
 from deploy.embedded import NatsServer
 from schema.messages import ModelEvent, Signal
@@ -167,10 +168,14 @@ async def test_a_version_that_no_longer_loads_is_no_model_and_a_release_heals_it
     async with running(*BOTH, nats_url=nats_url):
         await put(bus, rows[310:330], size=1)
         without = await signals(bus, 30)
+        told = judge("emitter", (await statuses(bus, ["emitter"]))["emitter"])
         healed = await release(bus, files(3))
         event = await answer(bus, healed)
         await put(bus, rows[330:340], size=1)
         found = await signals(bus, 40)
+        assert judge("emitter", (await statuses(bus, ["emitter"]))["emitter"]) == ("ok", "Works, 0 messages behind.")
+    assert told[0] == "degraded"
+    assert second in told[1]
     assert [s.id for s in without[:10]] == [s.id for s in before]
     # Never the version before in its place; and its name stays, so that ids and what supersedes them stay pure.
     assert {(s.model_version, s.abstain, s.prob_up, s.label) for s in without[10:]} == {(second, "no_model", None, 0)}
