@@ -132,7 +132,8 @@ BEGIN
     ] LOOP
         EXECUTE format(
             'CREATE VIEW %I AS SELECT ts, symbol, timeframe, close, volume, spread, rsi, macd, macd_signal, macd_hist, '
-            'atr, ma60, ret_1, fwd_ret_5, ready, bar, candle_revision, candles_seq FROM features WHERE timeframe = %L',
+            'atr, ma60, ret_1, fwd_ret_5, ready, bar, candle_revision, candles_seq, '
+            'ts_source = ''assumed'' AS clock_assumed FROM features WHERE timeframe = %L',
             'features_' || lower(tf), tf
         );
         EXECUTE format(

@@ -282,3 +282,14 @@ async def test_a_correction_keeps_the_verdict_on_its_bars_age(
 
 async def until_served(bus: Bus) -> None:
     await read_until(bus, MODELS, lambda events: any(event.event == "activated" for event in events))
+
+
+async def test_a_guessed_time_is_told_by_name(
+    bus: Bus, nats_url: str, pg_url: str, archive: asyncpg.Connection
+) -> None:
+    rows = walk(30)
+    async with running(Features, Recorder, nats_url=nats_url, database_url=pg_url, settings=SETTINGS):
+        await put(bus, rows[:20], history=True, ts_source="assumed")
+        await put(bus, rows[20:], ts_source="inferred")
+        await until(archive, "SELECT count(*) FROM features_m1 WHERE NOT clock_assumed", 10)
+        assert await archive.fetchval("SELECT count(*) FROM features_m1 WHERE clock_assumed") == 20
