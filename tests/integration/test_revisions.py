@@ -197,6 +197,7 @@ async def test_a_purge_between_two_corrections_loses_nothing_that_was_deferred(
         last = await put(bus, rows[250:299], size=1)
         await until(archive, "SELECT count(*) FROM features", 299)
         await bus.js.purge_stream("CANDLES", seq=last - 10)
+    async with running(Features, Recorder, nats_url=nats_url, database_url=pg_url, settings=SETTINGS):
         await put(bus, [other(rows[100]), rows[299]], size=1)
         await until(archive, "SELECT count(*) FROM candle_revisions", 1)
         await until(archive, "SELECT count(*) FROM features", 300)
@@ -215,6 +216,7 @@ async def test_what_a_bar_was_and_whose_it_is_outlive_the_log(
         await put(bus, [rows[99]], source="a", withdrawn=(rows[30].ts,), **live)
         await until(archive, "SELECT count(*) FROM candle_revisions", 3)
         await age(bus, archive, 99)
+    async with running(Features, Recorder, nats_url=nats_url, database_url=pg_url, settings=SETTINGS):
         await put(bus, [rows[100]], source="b", **live)
         await put(bus, [rows[10]], source="a", **live)  # what it was before
         await put(bus, [other(rows[20], 2e-4)], source="a", server_time=1_500, **live)  # older than what it is
