@@ -13,7 +13,8 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from typing import ClassVar, Final
+from datetime import UTC, datetime
+from typing import Any, ClassVar, Final
 
 import msgspec
 from nats.errors import Error as NatsError
@@ -21,10 +22,11 @@ from nats.js.errors import APIError, KeyNotFoundError, NoKeysError, NotFoundErro
 from nats.js.kv import KeyValue
 
 from actors.core.history import History, revise, take_in
-from actors.core.series import CHECKPOINT_EVERY, Change, Checkpoint, SeriesState, append, epoch, origin, own, split
+from actors.core.ingest import ANONYMOUS
+from actors.core.series import CHECKPOINT_EVERY, Change, Checkpoint, Origin, SeriesState, append, epoch, origin, split
 from actors.core.timeframe import from_epoch
 from bus.client import BusUnavailable, Outgoing, outgoing
-from bus.consume import Delivery, Done, Outcome, Reader, StreamReplaced, consume, last_message
+from bus.consume import Delivery, Done, Outcome, Reader, Rejected, StreamReplaced, consume, last_message
 from bus.forward import CURSOR_KEY, check_forward
 from bus.store import Store
 from bus.subjects import CANDLES, FEATURE_STATE, FEATURES, key_token
@@ -39,12 +41,13 @@ from bus.telemetry import (
     trace_headers,
 )
 from bus.writer import Superseded, Writer
-from schema.messages import MAX_BLOCK_ROWS, CandleBlock, FeatureBlock
+from schema.messages import MAX_BLOCK_ROWS, Candle, CandleBlock, FeatureBlock
 
 HISTORY_BARS: Final = 1_000_000  # bars of recomputed series kept in memory, all series together (64 MB)
 SNAPSHOT_CHUNK: Final = 32  # snapshots encoded between two batches, so that none of them delays a candle
 SNAPSHOT_BUDGET: Final = 10.0  # seconds: the next snapshot stores what this one did not
 ARCHIVE_PATIENCE: Final = 60.0
+LOG_SILENCE: Final = 2.0  # seconds without a message of the log until it is asked whether there is one
 BUCKET: Final = f"KV_{FEATURE_STATE}"
 
 
@@ -73,7 +76,7 @@ class Features:
         self.handled = 0  # CANDLES sequence up to which every message is applied and its features are published
         self.made = 0  # the newest CANDLES sequence that made features: FEATURES must reach as far
         self.whole = 0  # FEATURES held everything up to here when this run began: not published again
-        self.first_seq = 1  # the log's first sequence when this run began
+        self.first_seq = 1  # the log's first sequence when this run began: it ages on, see _log_begins
         self.restored = True  # states come from snapshots, so that an unknown subject is a new series
         self._making = 0
         self._run = ""  # tells the message ids of a rebuild from those of the run whose messages were lost
@@ -177,20 +180,40 @@ class Features:
         return states
 
     async def _without_snapshot(self, states: dict[str, SeriesState], cursor: int) -> str | None:
-        """A subject whose first message lies at or before the cursor although no snapshot knows it."""
+        """A subject whose first message lies at or before the cursor although no snapshot knows it.
+
+        Not one that was a series too many and parked: no features were ever made of it, and it begins with what is
+        sent once there is room.
+        """
         info = await self.bus.js.stream_info(str(CANDLES.stream), subjects_filter=CANDLES.wildcard)
         for subject in info.state.subjects or {}:
             if subject not in states:
-                message = await self.bus.js.get_msg(str(CANDLES.stream), seq=1, subject=subject, next=True, direct=True)
-                if int(message.seq or 0) <= cursor:
+                first = await self._next_of(subject, 1)
+                if first <= cursor and not await self._left_out(subject, first):
                     return subject
         return None
+
+    async def _left_out(self, subject: str, first: int) -> bool:
+        """Whether FEATURES reaches back to the subject's first message ``first`` and has nothing of the subject."""
+        stream = str(FEATURES.stream)
+        try:
+            raw = await self.bus.js.get_msg(stream, seq=1, subject=FEATURES.wildcard, next=True, direct=True)
+            if FEATURES.decode(raw.data or b"").candles_seq > first:
+                return False
+            made = FEATURES.subject(*CANDLES.parse(subject))
+            await self.bus.js.get_msg(stream, seq=1, subject=made, next=True, direct=True)
+        except NotFoundError:
+            return True
+        return False
 
     # --- the stream ------------------------------------------------------------------------------------------------
 
     async def _handle(self, delivery: Delivery[CandleBlock]) -> Outcome:
         block, seq = delivery.message, delivery.stream_seq
-        state = await self._state(delivery.subject, block)
+        try:
+            state = await self._state(delivery.subject, block, seq)
+        except TooManySeries as error:
+            return Rejected(str(error))  # one series too many must not hold up the others
         if seq <= state.seq:
             return Done()
         change = await self._change(delivery.subject, state, block, seq)
@@ -213,16 +236,16 @@ class Features:
         cursor_lag.set(delivery.pending, actor=self.name)
         cursor_lag_seconds.set(max(0.0, time.time() - delivery.stored_at), actor=self.name)
 
-    async def _state(self, subject: str, block: CandleBlock) -> SeriesState:
+    async def _state(self, subject: str, block: CandleBlock, seq: int) -> SeriesState:
         state = self.states.get(subject)
         if state is None:
             if len(self.states) >= self.ctx.settings.features.max_series:
                 raise TooManySeries(f"{subject} is one series more than [features] max_series allows.")
             state = SeriesState(block.symbol, block.timeframe)
-            if self.first_seq > 1 and not self.restored:
+            if not self.restored and await self._log_begins() > 1:
                 # The log no longer reaches back to this series' first bar: the archive does.
                 history = History()
-                await self._restore(history, block.symbol, block.timeframe)
+                await self._restore([history], state, seq)
                 if len(history):
                     history.rows(len(history), state)
                     history.settle(state)
@@ -236,9 +259,9 @@ class Features:
 
     async def _change(self, subject: str, state: SeriesState, block: CandleBlock, seq: int) -> Change:
         new = origin(block, seq)
+        state.hear(new, self._priority(block.symbol))
         history = self.histories.get(subject)
         if not block.withdrawn:
-            state.owner = own(state.owner, new, self._priority(block.symbol))
             fresh, older = split(state, block.rows, new)
             if not older:
                 if history is not None and history.seq < seq:
@@ -250,19 +273,13 @@ class Features:
                 self._quiet_since[subject] = time.monotonic()
                 self.histories.pop(subject, None)
                 return Change()
-        return await self._revise(subject, state, block, seq)
-
-    async def _revise(self, subject: str, state: SeriesState, block: CandleBlock, seq: int) -> Change:
-        earliest = min((int(ts.timestamp()) for ts in block.withdrawn), default=2**62)
-        if block.rows:
-            earliest = min(earliest, *map(epoch, block.rows))
-        history = self.histories.get(subject)
-        if history is None or (history.begins is not None and earliest <= history.begins):
-            history = await self._window(subject, state, block, earliest, seq)
-        self.histories.move_to_end(subject)
-        change = await asyncio.get_running_loop().run_in_executor(
-            None, revise, history, state, block, seq, self._priority(block.symbol)
-        )
+        if state.deferred:
+            # What waits came before this message, and must not have the last word on a bar of both.
+            change = await self._take_in(subject, state, [block], seq)
+            state.deferred = []
+            self._quiet_since.pop(subject, None)
+        else:
+            change = await self._revise(subject, state, block, seq)
         if change:
             feature_rebuilds_total.inc()
             sent = {row.ts for row in block.rows}
@@ -279,32 +296,77 @@ class Features:
             )
         return change
 
-    async def _window(
-        self, subject: str, state: SeriesState, block: CandleBlock, earliest: int, before: int
-    ) -> History:
-        """The series' bars from a checkpoint before ``earliest`` on, as of the message before ``before``.
+    async def _revise(self, subject: str, state: SeriesState, block: CandleBlock, seq: int) -> Change:
+        earliest = min((int(ts.timestamp()) for ts in block.withdrawn), default=2**62)
+        if block.rows:
+            earliest = min(earliest, *map(epoch, block.rows))
+        history = self.histories.get(subject)
+        if history is None or (history.begins is not None and earliest <= history.begins):
+            base = await self._checkpoint_before(state, earliest, seq)
+            history, _ = await self._windows(subject, state, base, seq)
+        self._remember(subject, history)
+        return await asyncio.get_running_loop().run_in_executor(
+            None, revise, history, state, block, seq, self._priority(block.symbol)
+        )
 
-        They come from the log, and from the archive where the log begins later than the checkpoint.
-        """
-        base = await self._checkpoint_before(state, earliest, before)
-        history = History(base)
-        start = base.start if base is not None else 1
-        if start < self.first_seq:
-            await self._restore(history, block.symbol, block.timeframe)
-            start = self.first_seq
-        until = min(before - 1, state.seq)  # the newest of its messages that the state knows
-        if start <= until:
-            priority = self._priority(block.symbol)
-            deferred = set(state.deferred)
-            async with Reader(self.bus, CANDLES, name=f"{self.name}-window", start=start, subject=subject) as reader:
-                while reader.position < until:
-                    delivery = await reader.next()
-                    if delivery.stream_seq not in deferred and delivery.stream_seq <= until:
-                        history.apply(delivery.message, delivery.stream_seq, priority)
+    def _remember(self, subject: str, history: History) -> None:
+        """Keeps a window for the next message that reaches into the past, and drops those that were used least."""
         self.histories[subject] = history
+        self.histories.move_to_end(subject)
         while len(self.histories) > 1 and sum(map(len, self.histories.values())) > HISTORY_BARS:
             self.histories.popitem(last=False)
-        return history
+
+    async def _windows(
+        self, subject: str, state: SeriesState, base: Checkpoint | None, before: int
+    ) -> tuple[History, History]:
+        """The series' bars from a checkpoint on, as of the message before ``before``; None: from its first bar on.
+
+        The first window leaves out what was deferred, the second has it where it stands in the log; without anything
+        deferred they are one. They come from the log, and from the archive where the log begins later by now than
+        when the checkpoint was made. What has aged is in the archive: nothing is purged that is not.
+        """
+        until = min(before - 1, state.seq)  # the newest of its messages that the state knows
+        while True:
+            start, begins = base.start if base is not None else 1, await self._log_begins()
+            first = max(start, begins)
+            owner = state.owner_before(first)
+            windows = [History(base, owner) for _ in range(2 if state.deferred else 1)]
+            if start < begins:
+                await self._restore(windows, state, first)
+            if first <= until:
+                await self._apply(windows, subject, state, first, until)
+            if await self._log_begins() <= first:
+                return windows[0], windows[-1]
+            # The head of the log was purged while it was read.
+
+    async def _apply(self, windows: list[History], subject: str, state: SeriesState, start: int, until: int) -> None:
+        """The log's messages of a series into windows of it; the first of two goes without what was deferred."""
+        priority = self._priority(state.symbol)
+        deferred = set(state.deferred)
+        async with Reader(self.bus, CANDLES, name=f"{self.name}-window", start=start, subject=subject) as reader:
+            while reader.position < until:
+                try:
+                    delivery = await reader.next(timeout=LOG_SILENCE)
+                except TimeoutError:
+                    if await self._next_of(subject, reader.position + 1) > until:
+                        return  # purged meanwhile: nothing more will come
+                    continue
+                seq = delivery.stream_seq
+                if seq <= until:
+                    for window in windows[-1:] if seq in deferred else windows:
+                        window.apply(delivery.message, seq, priority)
+
+    async def _log_begins(self) -> int:
+        """The first CANDLES sequence that the log still holds: it ages while this actor runs."""
+        return max((await self.bus.js.stream_info(str(CANDLES.stream))).state.first_seq, 1)
+
+    async def _next_of(self, subject: str, seq: int) -> int:
+        """The sequence of a subject's first message from ``seq`` on; far away where there is none."""
+        try:
+            message = await self.bus.js.get_msg(str(CANDLES.stream), seq=seq, subject=subject, next=True, direct=True)
+        except NotFoundError:
+            return 2**62
+        return int(message.seq or 0)
 
     async def _checkpoint_before(self, state: SeriesState, ts: int, seq: int) -> Checkpoint | None:
         """The newest checkpoint that lies before ``ts`` and is not of the log's future; None: from the first bar on."""
@@ -323,18 +385,41 @@ class Features:
                 return point
         return None
 
-    async def _restore(self, history: History, symbol: str, timeframe: str) -> None:
-        """The archive's bars of before the log, after the history's base."""
+    async def _restore(self, windows: list[History], state: SeriesState, before: int) -> None:
+        """The archive's bars after the windows' base, as the log's messages before ``before`` had made them.
+
+        What bars were before that counts too: sent again, it is no news.
+        """
         url = self.ctx.database_url
         if url is None:
-            self.log.warning("no archive: the series begins with the log", action="features.no_archive", symbol=symbol)
+            self.log.warning(
+                "no archive: the series begins with the log", action="features.no_archive", symbol=state.symbol
+            )
             return
         if self._store is None:
             self._store = await Store.connect(url, size=1, name=self.name)
-            await self._store.wait_until_up(ARCHIVE_PATIENCE)
-        after = from_epoch(history.begins) if history.begins is not None else None
-        for row in await self._store.bars_before(symbol, timeframe, after, self.first_seq):
-            history.restore(row.candle, row.revision, row.live, row.source, row.ts_source, row.candles_seq)
+        await self._store.wait_until_up(ARCHIVE_PATIENCE)
+        begins = windows[0].begins
+        of = (state.symbol, state.timeframe, from_epoch(begins) if begins is not None else None, before)
+        bars = await self._store.fetch("bars_before", *of)
+        former = await self._store.fetch("former_versions", *of)
+        withdrawn = await self._store.fetch("withdrawn_before", *of)
+        for window in windows:
+            for row in bars:
+                new = Origin(
+                    row["source"] or ANONYMOUS,
+                    row["server_time"],
+                    False,
+                    row["live"],
+                    row["ts_source"],
+                    row["candles_seq"],
+                    heard_at=row["heard_at"],
+                )
+                window.restore(_candle(row), row["revision"], new)
+            for row in former:
+                window.recall(_candle(row))
+            for row in withdrawn:
+                window.recall_withdrawal(int(row["ts"].timestamp()), row["revision"])
 
     async def _recompute_deferred(self) -> None:
         """Once nothing older has come for a while, the bars before a series' first are taken in, all together."""
@@ -347,30 +432,38 @@ class Features:
                 since = self._quiet_since.setdefault(subject, now)
                 if now - since >= self.ctx.settings.features.quiet_seconds:
                     async with self._gate:
-                        await self._take_in(subject, state)
+                        await self._publish_deferred(subject, state)
 
-    async def _take_in(self, subject: str, state: SeriesState) -> None:
-        seq = self.handled
-        blocks: list[tuple[int, CandleBlock]] = []
-        for number in state.deferred:
-            raw = await self.bus.js.get_msg(str(CANDLES.stream), seq=number)
-            blocks.append((number, CANDLES.decode(raw.data or b"")))
-        self.histories.pop(subject, None)
-        earliest = min(epoch(row) for _, block in blocks for row in block.rows)
-        history = await self._window(subject, state, blocks[0][1], earliest, seq + 1)
-        priority = self._priority(state.symbol)
+    async def _take_in(self, subject: str, state: SeriesState, blocks: list[CandleBlock], seq: int) -> Change:
+        """Computes the series anew with what was deferred, and then with ``blocks``, the message ``seq``."""
+        before, after = await self._windows(subject, state, None, seq if blocks else seq + 1)
         change = await asyncio.get_running_loop().run_in_executor(
-            None, take_in, history, state, [block for _, block in blocks], seq, priority
+            None, take_in, before, after, state, blocks, seq, self._priority(state.symbol)
         )
+        self._remember(subject, after)
+        return change
+
+    async def _publish_deferred(self, subject: str, state: SeriesState) -> None:
+        seq, first = self.handled, state.deferred[0]
+        change = await self._take_in(subject, state, [], seq)
         feature_rebuilds_total.inc()
         self._keep(subject, change)
-        head = blocks[-1][1]
-        messages = _messages(head, seq, change, {"Nats-Msg-Id": f"deferred:{blocks[0][0]}"}, self._run)
-        await self._out.publish(messages)
+        head = await self._newest_deferred(state)
+        await self._out.publish(_messages(head, seq, change, {"Nats-Msg-Id": f"deferred:{first}"}, self._run))
         state.deferred = []
         self._quiet_since.pop(subject, None)
         self.made = self._making = max(self.made, seq)
         self._dirty.add(subject)
+
+    async def _newest_deferred(self, state: SeriesState) -> CandleBlock:
+        """The newest message that was deferred, for what a block of features tells of its origin."""
+        try:
+            raw = await self.bus.js.get_msg(str(CANDLES.stream), seq=state.deferred[-1])
+        except NotFoundError:  # the log has aged since
+            return CandleBlock(
+                symbol=state.symbol, timeframe=state.timeframe, rows=(), received_at=datetime.now(UTC), history=True
+            )
+        return CANDLES.decode(raw.data or b"")
 
     # --- snapshots and checks ---------------------------------------------------------------------------------------
 
@@ -447,6 +540,11 @@ def _key(state: SeriesState, checkpoint: int | None = None) -> str:
     return key if checkpoint is None else f"{key}.{checkpoint}"
 
 
+def _candle(row: Any) -> Candle:
+    """A candle from an archive's row."""
+    return Candle(**{name: row[name] for name in Candle.__struct_fields__})
+
+
 def _messages(
     block: CandleBlock, seq: int, change: Change, headers: Mapping[str, str], run: str
 ) -> tuple[Outgoing, ...]:
@@ -471,6 +569,7 @@ def _messages(
                 ts_source=block.ts_source,
                 withdrawn=tuple(change.withdrawn) if part == 1 else (),
                 point=block.point,
+                server_time=block.server_time,
             ),
             block.timeframe,
             block.symbol,

@@ -54,7 +54,7 @@ class CandleBlock(Message, frozen=True):
 
     ``withdrawn`` names bars that were never there (a clock was restated); they go before ``rows`` come.
     ``ts_source`` says how times became UTC: utc, server, rule, inferred or assumed. ``point`` is the size of one point,
-    where the sender says it. ``history`` makes no signals. ``replay`` says that ``now`` (or, where that is absent, each bar's own end) stands
+    where the sender says it. ``server_utc`` is ``server_time`` in UTC, which autumn does not repeat. ``history`` makes no signals. ``replay`` says that ``now`` (or, where that is absent, each bar's own end) stands
     in for the time of receipt wherever a bar's age is judged.
     """
 
@@ -70,6 +70,7 @@ class CandleBlock(Message, frozen=True):
     ts_source: str = "utc"
     withdrawn: tuple[UtcTime, ...] = ()
     point: float | None = None
+    server_utc: int | None = None
 
 
 class FormingCandle(Message, frozen=True):
@@ -90,6 +91,9 @@ class FeatureRow(Message, frozen=True):
     ``bar`` counts the bars of the series from 1; ``ready`` is ``bar >= 300``. ``revision`` is the candle's.
     ``live`` is False where the bar came as history only, which makes no signal. ``replaces`` is the features hash of
     the row that this one replaces, and ``replaces_seq`` the CANDLES sequence it was published with, where it was live.
+    A row that was computed again says where its bar's values come from: ``brought_seq`` is the CANDLES sequence and
+    ``server_time`` the clock of the version, ``heard_at`` the time at which the bar's age was judged when it first came
+    live. Where ``brought_seq`` is absent, the block's own stand for all three.
     """
 
     ts: UtcTime
@@ -116,6 +120,9 @@ class FeatureRow(Message, frozen=True):
     replaces_seq: int | None = None
     source: str | None = None
     ts_source: str = "utc"
+    brought_seq: int | None = None
+    server_time: int | None = None
+    heard_at: UtcTime | None = None
 
 
 class Withdrawn(Message, frozen=True):
@@ -153,6 +160,7 @@ class FeatureBlock(Message, frozen=True):
     ts_source: str = "utc"
     withdrawn: tuple[Withdrawn, ...] = ()
     point: float | None = None
+    server_time: int | None = None
 
 
 # --- signals -----------------------------------------------------------------------------------------------------

@@ -51,9 +51,8 @@ def walk(count: int, *, seed: int = 1, start: int = START, step: int = 60, gaps:
 
 
 def block(rows: Sequence[Candle], *, symbol: str = "EURUSD", timeframe: str = "M1", **more: Any) -> CandleBlock:
-    return CandleBlock(
-        symbol=symbol, timeframe=timeframe, rows=tuple(rows), received_at=datetime.now(UTC), **({"replay": True} | more)
-    )
+    beside: dict[str, Any] = {"replay": True, "received_at": datetime.now(UTC)}
+    return CandleBlock(symbol=symbol, timeframe=timeframe, rows=tuple(rows), **(beside | more))
 
 
 async def put(bus: Bus, rows: Sequence[Candle], *, size: int = 1_000, **more: Any) -> int:

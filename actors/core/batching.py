@@ -56,7 +56,7 @@ class _Series:
             return
         versions = self.versions.setdefault(row.ts, [known])
         last_row, last_block = versions[-1]
-        if block.candles_seq >= last_block.candles_seq and _candle(row) != _candle(last_row):
+        if block.candles_seq >= last_block.candles_seq and _version(row) != _version(last_row):
             versions.append((row, block))
         loser_row, loser_block = (row, block)
         if block.candles_seq >= known[1].candles_seq:
@@ -187,8 +187,9 @@ def _label_wins(label: Label, over: Label) -> bool:
     return label[0] > over[0] or (label[0] == over[0] and label[1] is not None)
 
 
-def _candle(row: FeatureRow) -> tuple[Any, ...]:
-    return (row.open, row.high, row.low, row.close, row.volume, row.spread, row.real_volume, row.revision)
+def _version(row: FeatureRow) -> tuple[Any, ...]:
+    values = (row.open, row.high, row.low, row.close, row.volume, row.spread, row.real_volume)
+    return (*values, row.revision, row.ts_source)
 
 
 def _add_waves(waves: list[list[Placed]], one: _Series) -> None:
@@ -213,6 +214,7 @@ def _market_columns(placed: Sequence[Placed]) -> Columns:
     if not placed:
         return ()
     column = _by_name(placed)
+    brought = [_brought(row, block) for row, block in placed]
     return (
         column["ts"],
         [block.symbol for _, block in placed],
@@ -221,9 +223,18 @@ def _market_columns(placed: Sequence[Placed]) -> Columns:
         column["source"],
         column["ts_source"],
         [block.received_at for _, block in placed],
-        [block.candles_seq for _, block in placed],
+        [seq for seq, _, _ in brought],
         column["live"],
+        [server_time for _, server_time, _ in brought],
+        [heard_at for _, _, heard_at in brought],
     )
+
+
+def _brought(row: FeatureRow, block: FeatureBlock) -> tuple[int, int | None, datetime | None]:
+    """The CANDLES sequence and clock of a row's version, and when its bar's age is judged (null: at its own end)."""
+    if row.brought_seq is not None:
+        return row.brought_seq, row.server_time, row.heard_at
+    return block.candles_seq, block.server_time, block.now if block.replay else block.received_at
 
 
 def _feature_columns(placed: Sequence[Placed], labels: dict[int, Label]) -> Columns:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
+from datetime import UTC, datetime
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from actors.core.features import Columns, FeatureState, Floats, Ints, forward_returns
 from actors.core.hashing import features_hash
-from actors.core.ingest import ANONYMOUS, digest
+from actors.core.ingest import digest
 from actors.core.series import (
     CHECKPOINT_EVERY,
     RECENT,
@@ -35,18 +38,24 @@ from schema.messages import Candle, CandleBlock, FeatureRow, Fill, Withdrawn
 class History:
     """A window of a series: every bar after its base checkpoint, in its current version, ascending in time.
 
-    About 110 bytes a bar. ``base`` None: from the series' first bar on.
+    About 140 bytes a bar. ``base`` None: from the series' first bar on. ``owner`` owned the series before the first
+    message that is applied.
     """
 
-    def __init__(self, base: Checkpoint | None = None) -> None:
+    def __init__(self, base: Checkpoint | None = None, owner: str | None = None) -> None:
         self.base = base
-        self.owner = base.owner if base is not None else None
+        self.owner = owner
         self.seq = base.seq if base is not None else 0  # CANDLES sequence of the newest message applied
         self.ts = array("q")
-        self.values = tuple(array("d") for _ in range(7))  # open, high, low, close, volume, spread, real_volume
+        self.values: tuple[array[float], ...] = tuple(
+            array("d") for _ in range(7)
+        )  # open, high, low, close, volume, spread, real_volume
         self.revision = array("i")
         self.clock = array("q")  # server_time of the version, -1 without
+        self.utc = array("q")  # server_utc of the version, -1 without
         self.arrived = array("q")  # CANDLES sequence that brought the bar
+        self.brought = array("q")  # CANDLES sequence that brought the bar's version
+        self.heard = array("d")  # when the bar's age is judged, by its first live version; NaN: at its own end
         self.published = array("q")  # CANDLES sequence that its row was last published with
         self.live = bytearray()
         self.source = array("h")
@@ -73,17 +82,31 @@ class History:
         )
 
     def mark(self, at: int) -> Mark:
-        clock = self.clock[at]
+        clock, utc = self.clock[at], self.utc[at]
         names = list(self._names)
         return Mark(
-            digest(self.row(at)), None if clock < 0 else clock, names[self.source[at]], names[self.ts_source[at]]
+            digest(self.row(at)),
+            None if clock < 0 else clock,
+            names[self.source[at]],
+            names[self.ts_source[at]],
+            None if utc < 0 else utc,
         )
 
     # --- versions --------------------------------------------------------------------------------------------------
 
-    def restore(self, row: Candle, revision: int, live: bool, source: str | None, ts_source: str, seq: int) -> None:
+    def restore(self, row: Candle, revision: int, new: Origin) -> None:
         """Takes a bar as the archive holds it, later than all before."""
-        self._insert(len(self.ts), row, Origin(source or ANONYMOUS, None, False, live, ts_source, seq), revision)
+        self._insert(len(self.ts), row, new, revision)
+
+    def recall(self, row: Candle) -> None:
+        """Told of values that a bar had before those it was restored with: sent again, they are no news."""
+        self._former.setdefault(epoch(row), set()).add(digest(row))
+
+    def recall_withdrawal(self, ts: int, revision: int) -> None:
+        """Told of a bar that was withdrawn before the window's messages; it may have come back since."""
+        at = bisect_left(self.ts, ts)
+        if at == len(self.ts) or self.ts[at] != ts:
+            self._gone[ts] = revision
 
     def apply(self, block: CandleBlock, seq: int, priority: Sequence[str]) -> int | None:
         """Takes a message of the log; returns the smallest index from which rows change, None if nothing changed.
@@ -142,6 +165,7 @@ class History:
         if what not in ("confirmed", "revised"):
             return None
         self.clock[at] = -1 if new.server_time is None else new.server_time
+        self.utc[at] = -1 if new.server_utc is None else new.server_utc
         self.source[at] = self._number(new.source)
         if what == "confirmed":
             if new.ts_source == current.ts_source:
@@ -150,7 +174,9 @@ class History:
             return at
         self._former.setdefault(ts, set()).add(current.digest)
         self.revision[at] += 1
-        self.live[at] = self.live[at] or new.live
+        self.brought[at] = new.seq
+        if new.live and not self.live[at]:
+            self.live[at], self.heard[at] = True, _moment(new.heard_at)
         self.ts_source[at] = self._number(new.ts_source)
         for column, value in zip(self.values, _values(row), strict=True):
             column[at] = value
@@ -160,7 +186,10 @@ class History:
         self.ts.insert(at, epoch(row))
         self.revision.insert(at, revision)
         self.clock.insert(at, -1 if new.server_time is None else new.server_time)
+        self.utc.insert(at, -1 if new.server_utc is None else new.server_utc)
         self.arrived.insert(at, new.seq)
+        self.brought.insert(at, new.seq)
+        self.heard.insert(at, _moment(new.heard_at))
         # A checkpoint that was computed again published everything behind it again.
         self.published.insert(at, max(new.seq, self.base.seq if self.base is not None else 0))
         self.live.insert(at, new.live)
@@ -174,11 +203,13 @@ class History:
         if at == len(self.ts) or self.ts[at] != ts:
             return None
         self._gone[ts] = self.revision[at] + 1
-        for numbers in (self.ts, self.revision, self.clock, self.arrived, self.published, self.source, self.ts_source):
-            del numbers[at]
-        for column in self.values:
+        columns: tuple[MutableSequence[Any], ...] = (
+            *(self.ts, self.revision, self.clock, self.utc, self.arrived, self.brought, self.heard, self.published),
+            *(self.source, self.ts_source, self.live),
+            *self.values,
+        )
+        for column in columns:
             del column[at]
-        del self.live[at]
         return at
 
     def withdrawals(self, block: CandleBlock) -> list[Withdrawn]:
@@ -237,7 +268,7 @@ class History:
                     self._shown(lo, stop),
                 )
                 if checkpoints is not None and features.bars % CHECKPOINT_EVERY == 0:
-                    point = Checkpoint(features, self.seq, min(self.arrived[stop:], default=self.seq + 1), self.owner)
+                    point = Checkpoint(features, self.seq, min(self.arrived[stop:], default=self.seq + 1))
                     checkpoints.append((features.bars // CHECKPOINT_EVERY, msgspec.json.encode(point)))
             start = stop
         state.features = features
@@ -247,7 +278,16 @@ class History:
     def _shown(self, start: int, stop: int) -> list[Shown]:
         names = list(self._names)
         return [
-            Shown(self.revision[at], bool(self.live[at]), names[self.source[at]], names[self.ts_source[at]])
+            Shown(
+                self.revision[at],
+                bool(self.live[at]),
+                names[self.source[at]],
+                names[self.ts_source[at]],
+                self.brought[at],
+                None if self.clock[at] < 0 else self.clock[at],
+                # A bar's own open time stands for its own end: neither is ever late.
+                datetime.fromtimestamp(self.ts[at] if math.isnan(self.heard[at]) else self.heard[at], UTC),
+            )
             for at in range(start, stop)
         ]
 
@@ -262,7 +302,6 @@ class History:
 
     def settle(self, state: SeriesState) -> None:
         """Tells the state what the window knows of the newest bars."""
-        state.owner = self.owner
         if self.base is None:
             state.first_ts = self.ts[0] if self.ts else None
         size = len(self)
@@ -281,26 +320,48 @@ def _values(row: Candle) -> tuple[float, ...]:
     return (row.open, row.high, row.low, row.close, row.volume, row.spread, row.real_volume)
 
 
+def _moment(heard_at: datetime | None) -> float:
+    return math.nan if heard_at is None else heard_at.timestamp()
+
+
 def revise(history: History, state: SeriesState, block: CandleBlock, seq: int, priority: Sequence[str]) -> Change:
     """Applies a message that reaches into the past and gives all that it changes, from that bar to the head."""
-    return take_in(history, state, [block], seq, priority)
+    first = history.would_change(block, seq, priority)
+    if first is None:
+        history.apply(block, seq, priority)
+        history.settle(state)
+        return Change()
+    old = history.hashes(first, state.symbol, state.timeframe) if first < len(history) else {}
+    changed = history.apply(block, seq, priority)
+    return _recomputed(history, state, first if changed is None else min(first, changed), old, [block])
 
 
 def take_in(
-    history: History, state: SeriesState, blocks: Sequence[CandleBlock], seq: int, priority: Sequence[str]
+    before: History,
+    after: History,
+    state: SeriesState,
+    blocks: Sequence[CandleBlock],
+    seq: int,
+    priority: Sequence[str],
 ) -> Change:
-    """:func:`revise` for several messages that make one recomputation; ``seq`` is the newest one's."""
-    firsts = [at for block in blocks if (at := history.would_change(block, seq, priority)) is not None]
-    if not firsts:
-        for block in blocks:
-            history.apply(block, seq, priority)
-        history.settle(state)
-        return Change()
-    first = min(firsts)
-    old = history.hashes(first, state.symbol, state.timeframe) if first < len(history) else {}
+    """What comes of messages that waited, and of ``blocks`` behind them, as one recomputation with the sequence ``seq``.
+
+    ``before`` is the series as it was published, without them. In ``after`` they stand where the log has them, among
+    what came meanwhile: so the end does not depend on how long they waited.
+    """
+    old = before.hashes(0, state.symbol, state.timeframe) if len(before) else {}
     for block in blocks:
-        changed = history.apply(block, seq, priority)
-        first = first if changed is None else min(first, changed)
+        after.apply(block, seq, priority)
+    after.seq = seq
+    for at in range(len(after)):
+        after.published[at] = seq
+    return _recomputed(after, state, 0, old, blocks)
+
+
+def _recomputed(
+    history: History, state: SeriesState, first: int, old: dict[int, tuple[str, int]], blocks: Sequence[CandleBlock]
+) -> Change:
+    """Every row from index ``first`` on, each naming the one of ``old`` that it replaces, and the bars that are gone."""
     checkpoints: list[tuple[int, bytes]] = []
     change = history.rows(first, state, checkpoints)
     change.checkpoints = checkpoints

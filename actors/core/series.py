@@ -4,9 +4,11 @@ The log may hold a bar several times, in any order and from several sources. Not
 
 * a bar's first values are its revision 0; other values make the next revision;
 * values that a bar has, or had without a newer clock since, change nothing, however often they come;
-* of one source, versions are ordered by the payload's ``server_time`` where both have it, else by the log;
+* of one source, versions are ordered by the payload's ``server_time`` where both have it, else by the log. Server time
+  repeats an hour in autumn: where both have it in UTC as well, that decides;
 * the owner is the first live source, or the one that ``[symbols] priority`` names first; others fill holes and never
-  revise; files and replays never own;
+  revise, not even what they filled; files and replays never own;
+* a bar's age is judged once, by its first live version: what changes later changes no verdict on how late it came;
 * a withdrawn bar is gone, and its revisions count on if it comes back.
 
 Bars later than all before take the short way (:func:`append`); any other goes through :class:`actors.core.history.History`, a
@@ -16,6 +18,7 @@ window of the series from a checkpoint on.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from typing import Final, NamedTuple
 
 import msgspec
@@ -40,6 +43,8 @@ class Origin(NamedTuple):
     live: bool  # its bars make signals
     ts_source: str
     seq: int
+    server_utc: int | None = None
+    heard_at: datetime | None = None  # when its bars' age is judged; None: at each bar's own end
 
 
 def origin(block: CandleBlock, seq: int) -> Origin:
@@ -50,6 +55,8 @@ def origin(block: CandleBlock, seq: int) -> Origin:
         not block.history,
         block.ts_source,
         seq,
+        block.server_utc,
+        block.now if block.replay else block.received_at,
     )
 
 
@@ -60,6 +67,7 @@ class Mark(NamedTuple):
     server_time: int | None
     source: str
     ts_source: str = "utc"
+    server_utc: int | None = None
 
 
 def own(owner: str | None, new: Origin, priority: Sequence[str]) -> str | None:
@@ -75,21 +83,30 @@ def own(owner: str | None, new: Origin, priority: Sequence[str]) -> str | None:
     return new.source if rank(new.source) < rank(owner) else owner
 
 
+def _order(new: Origin, current: Mark) -> int | None:
+    """Above 0 where the new version's clock is the later one, below where it is the earlier; None where a clock is missing."""
+    if new.server_utc is not None and current.server_utc is not None:
+        return new.server_utc - current.server_utc
+    if new.server_time is not None and current.server_time is not None:
+        return new.server_time - current.server_time
+    return None
+
+
 def effect(current: Mark, mark: int, new: Origin, owner: str | None, former: Iterable[int]) -> str:
     """What a version does to a bar that exists: ``same``, ``confirmed``, ``stale``, ``foreign`` or ``revised``.
 
     ``confirmed`` leaves the values but takes over clock, source and the way in which its time became UTC.
     """
+    if owner is not None and new.source != owner and (new.source, mark) != (current.source, current.digest):
+        return "foreign"
     if new.source != current.source:
-        if owner is not None and new.source != owner:
-            return "foreign"
         if mark == current.digest:
             return "confirmed" if new.source == owner else "same"
         return "revised" if new.source == owner or mark not in former else "stale"
-    both = new.server_time is not None and current.server_time is not None
-    if both and new.server_time < current.server_time:  # type: ignore[operator]
+    order = _order(new, current)
+    if order is not None and order < 0:
         return "stale"
-    newer = new.server_time is not None and (not both or new.server_time > current.server_time)  # type: ignore[operator]
+    newer = new.server_time is not None and (order is None or order > 0)
     if mark == current.digest:
         return "confirmed" if newer else "same"
     return "revised" if newer or mark not in former else "stale"
@@ -105,7 +122,6 @@ class Checkpoint(Struct, frozen=True):
     features: FeatureState
     seq: int
     start: int
-    owner: str | None = None
 
     @property
     def last_ts(self) -> int:
@@ -116,7 +132,8 @@ class SeriesState(Struct):
     """A series as the feature calculator holds it, and as its snapshot stores it.
 
     ``seq`` is the CANDLES sequence of the newest message that was applied. ``deferred`` names messages whose bars lie
-    before the series' first and wait for one recomputation together.
+    before the series' first and wait for one recomputation together. ``owners`` says who owned the series from which
+    CANDLES sequence on: a window that begins in the past must not judge by today's owner.
     """
 
     symbol: str
@@ -127,6 +144,23 @@ class SeriesState(Struct):
     first_ts: int | None = None
     recent: dict[int, Mark] = {}
     deferred: list[int] = []
+    owners: list[tuple[int, str]] = []
+
+    def hear(self, new: Origin, priority: Sequence[str]) -> None:
+        """Takes note of who owns the series now that a message has come."""
+        owner = own(self.owner, new, priority)
+        if owner is None or owner == self.owner:
+            return
+        if self.owner is not None and not self.owners:
+            self.owners.append((0, self.owner))  # of a snapshot that did not keep them
+        self.owners.append((new.seq, owner))
+        self.owner = owner
+
+    def owner_before(self, seq: int) -> str | None:
+        """Who owned the series when the message ``seq`` came."""
+        if not self.owners:
+            return self.owner
+        return next((owner for since, owner in reversed(self.owners) if since < seq), None)
 
     def remember(self, ts: int, mark: Mark) -> None:
         self.recent[ts] = mark
@@ -169,7 +203,7 @@ def split(state: SeriesState, rows: Sequence[Candle], new: Origin) -> tuple[list
         if current is not None:
             what = effect(current, mark, new, state.owner, ())
             if what == "confirmed" and new.ts_source == current.ts_source:
-                state.recent[ts] = Mark(mark, new.server_time, new.source, new.ts_source)
+                state.recent[ts] = Mark(mark, new.server_time, new.source, new.ts_source, new.server_utc)
                 continue
             if what in ("same", "stale", "foreign"):
                 continue
@@ -185,7 +219,7 @@ def append(state: SeriesState, rows: Sequence[Candle], new: Origin) -> Change:
     if state.first_ts is None:
         state.first_ts = epoch(rows[0])
     for row in rows[-RECENT:]:
-        state.remember(epoch(row), Mark(digest(row), new.server_time, new.source, new.ts_source))
+        state.remember(epoch(row), Mark(digest(row), new.server_time, new.source, new.ts_source, new.server_utc))
     at = 0
     while at < len(rows):
         room = CHECKPOINT_EVERY - state.features.bars % CHECKPOINT_EVERY
@@ -202,7 +236,7 @@ def append(state: SeriesState, rows: Sequence[Candle], new: Origin) -> Change:
 def _checkpoint(state: SeriesState, seq: int, change: Change) -> None:
     number, rest = divmod(state.features.bars, CHECKPOINT_EVERY)
     if rest == 0 and number:
-        change.checkpoints.append((number, msgspec.json.encode(Checkpoint(state.features, seq, seq, state.owner))))
+        change.checkpoints.append((number, msgspec.json.encode(Checkpoint(state.features, seq, seq))))
 
 
 def _append_one(state: SeriesState, row: Candle, new: Origin, change: Change) -> None:
@@ -252,8 +286,8 @@ def _append_many(state: SeriesState, rows: Sequence[Candle], new: Origin, change
     columns = features.update_block(ts, high, low, close)
     for label in earlier:
         _label(change, label)
-    origins = [Shown(0, new.live, new.source, new.ts_source)] * len(rows)
-    change.rows += make_rows(rows, columns, labels, bars, origins)
+    shown = [Shown(0, new.live, new.source, new.ts_source)] * len(rows)
+    change.rows += make_rows(rows, columns, labels, bars, shown)
 
 
 def _label(change: Change, label: tuple[int, float | None]) -> None:
@@ -272,12 +306,15 @@ def newest_closes(features: FeatureState, count: int) -> list[float]:
 
 
 class Shown(NamedTuple):
-    """What a row tells of its bar beside values."""
+    """What a row tells of its bar beside values; the last three where they are not the message's own."""
 
     revision: int
     live: bool
     source: str
     ts_source: str
+    brought_seq: int | None = None
+    server_time: int | None = None
+    heard_at: datetime | None = None
 
 
 def make_rows(
@@ -312,6 +349,9 @@ def make_rows(
             live=live,
             source=source or None,
             ts_source=ts_source,
+            brought_seq=brought_seq,
+            server_time=server_time,
+            heard_at=heard_at,
         )
         for bar, (
             row,
@@ -323,7 +363,7 @@ def make_rows(
             ma60,
             ret,
             label,
-            (revision, live, source, ts_source),
+            (revision, live, source, ts_source, brought_seq, server_time, heard_at),
         ) in enumerate(
             zip(
                 rows,

@@ -32,6 +32,7 @@ __all__ = [  # the manifest's names too: who serves needs both
     "expires_at",
     "features_hash",
     "judged_at",
+    "makes_signal",
     "signal_id",
 ]
 
@@ -118,6 +119,14 @@ def judged_at(block: CandleBlock | FeatureBlock, bar_end: datetime) -> datetime:
     return block.now if block.now is not None else bar_end
 
 
+def makes_signal(row: FeatureRow) -> bool:
+    """Whether a row is spoken of at all: it is live, and neither its return nor the one ahead has a base of 0 or less.
+
+    Such prices come only where ``[symbols]`` allows them. A series' first bar has no base at all: it is ``warming``.
+    """
+    return row.live and row.close > 0.0 and (row.ret_1 is not None or row.bar <= 1)
+
+
 def expires_at(ts: datetime, bar_end: datetime) -> datetime:
     """The bar's end plus one bar."""
     return bar_end + (bar_end - ts)
@@ -136,7 +145,13 @@ def decide(
     """From a probability to a label, or to the first reason that forbids one.
 
     ``prob_up`` None with a model that knows the symbol means that the row's inputs are undefined: ``warming``.
+
+    A bar's age is judged once, when its first live version comes. A correction, or what is computed again because of an
+    earlier bar's, may come hours later: it brings better values, and the feed was no staler for it. So the row's own
+    ``heard_at`` goes over ``judged_at``, which is the block's.
     """
+    if row.heard_at is not None:
+        judged_at = row.heard_at
     if not row.ready:
         return Decision(None, 0, None, "warming")
     if manifest is None or symbol not in manifest.symbols:

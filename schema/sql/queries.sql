@@ -53,20 +53,21 @@ SELECT coalesce(max(candles_seq), 0) FROM cursors;
 -- A version whose values and revision are stored already keeps the sequence, source and time it came with.
 -- name: upsert_market_data
 -- ts[], symbol[], timeframe[], open[], high[], low[], close[], volume[], spread[], real_volume[], revision[], source[],
--- ts_source[], received_at[], candles_seq[], live[]
+-- ts_source[], received_at[], candles_seq[], live[], server_time[], heard_at[]
 INSERT INTO market_data AS m
     (ts, symbol, timeframe, open, high, low, close, volume, spread, real_volume, revision, source, ts_source,
-     received_at, candles_seq, live)
+     received_at, candles_seq, live, server_time, heard_at)
 SELECT * FROM unnest(
     $1::timestamptz[], $2::text[], $3::text[], $4::float8[], $5::float8[], $6::float8[], $7::float8[], $8::float8[],
     $9::float8[], $10::float8[], $11::int4[], $12::text[], $13::text[], $14::timestamptz[], $15::int8[],
-    $16::bool[]
+    $16::bool[], $17::int8[], $18::timestamptz[]
 )
 ON CONFLICT (symbol, timeframe, ts) DO UPDATE SET
     open = excluded.open, high = excluded.high, low = excluded.low, close = excluded.close,
     volume = excluded.volume, spread = excluded.spread, real_volume = excluded.real_volume,
     revision = excluded.revision, source = excluded.source, ts_source = excluded.ts_source,
-    received_at = excluded.received_at, candles_seq = excluded.candles_seq, live = excluded.live
+    received_at = excluded.received_at, candles_seq = excluded.candles_seq, live = excluded.live,
+    server_time = excluded.server_time, heard_at = excluded.heard_at
 WHERE m.candles_seq <= excluded.candles_seq
     AND (m.open, m.high, m.low, m.close, m.volume, m.spread, m.real_volume, m.revision, m.ts_source) IS DISTINCT FROM
         (excluded.open, excluded.high, excluded.low, excluded.close, excluded.volume, excluded.spread,
@@ -171,9 +172,9 @@ WITH x AS (
 ), kept AS (
     INSERT INTO candle_revisions
         (ts, symbol, timeframe, open, high, low, close, volume, spread, real_volume, revision, source, ts_source,
-         received_at, candles_seq, live, replaced_by_seq)
+         received_at, candles_seq, live, replaced_by_seq, server_time, heard_at)
     SELECT ts, symbol, timeframe, open, high, low, close, volume, spread, real_volume, revision, source, ts_source,
-        received_at, candles_seq, live, replaced_by_seq
+        received_at, candles_seq, live, replaced_by_seq, server_time, heard_at
     FROM gone
     ON CONFLICT DO NOTHING
 ), cleared AS (
@@ -239,15 +240,31 @@ ORDER BY ts DESC, candles_seq DESC, id LIMIT $4;
 -- The series as the log's first message met it: each bar in the version that was current then.
 -- name: bars_before
 -- symbol, timeframe, after (exclusive) or null, candles_seq (exclusive); ascending
-SELECT ts, open, high, low, close, volume, spread, real_volume, revision, live, source, ts_source, candles_seq
+SELECT ts, open, high, low, close, volume, spread, real_volume, revision, live, source, ts_source, candles_seq,
+    server_time, heard_at
 FROM market_data
 WHERE symbol = $1 AND timeframe = $2 AND ts > coalesce($3::timestamptz, '-infinity') AND candles_seq < $4
 UNION ALL
-SELECT ts, open, high, low, close, volume, spread, real_volume, revision, live, source, ts_source, candles_seq
+SELECT ts, open, high, low, close, volume, spread, real_volume, revision, live, source, ts_source, candles_seq,
+    server_time, heard_at
 FROM candle_revisions
 WHERE symbol = $1 AND timeframe = $2 AND ts > coalesce($3::timestamptz, '-infinity')
     AND candles_seq < $4 AND replaced_by_seq >= $4
 ORDER BY ts;
+
+-- What the bars of bars_before, and those withdrawn by then, had been before.
+-- name: former_versions
+-- symbol, timeframe, after (exclusive) or null, candles_seq (exclusive)
+SELECT ts, open, high, low, close, volume, spread, real_volume
+FROM candle_revisions
+WHERE symbol = $1 AND timeframe = $2 AND ts > coalesce($3::timestamptz, '-infinity') AND replaced_by_seq < $4;
+
+-- name: withdrawn_before
+-- symbol, timeframe, after (exclusive) or null, candles_seq (exclusive)
+SELECT ts, max(revision) AS revision
+FROM candle_withdrawals
+WHERE symbol = $1 AND timeframe = $2 AND ts > coalesce($3::timestamptz, '-infinity') AND candles_seq < $4
+GROUP BY ts;
 
 -- --- series ------------------------------------------------------------------------------------------------------
 
@@ -298,9 +315,9 @@ ORDER BY ts LIMIT $4;
 -- old symbol, new symbol, timeframe, up to ts (included)
 INSERT INTO market_data
     (ts, symbol, timeframe, open, high, low, close, volume, spread, real_volume, revision, source, ts_source,
-     received_at, candles_seq, live)
+     received_at, candles_seq, live, server_time, heard_at)
 SELECT ts, $2, timeframe, open, high, low, close, volume, spread, real_volume, 0, source, ts_source, received_at,
-    candles_seq, false
+    candles_seq, false, server_time, heard_at
 FROM market_data WHERE symbol = $1 AND timeframe = $3 AND ts <= $4
 ON CONFLICT DO NOTHING;
 
@@ -322,9 +339,9 @@ WITH gone AS (
 )
 INSERT INTO candle_revisions
     (ts, symbol, timeframe, open, high, low, close, volume, spread, real_volume, revision, source, ts_source,
-     received_at, candles_seq, live, replaced_by_seq)
+     received_at, candles_seq, live, replaced_by_seq, server_time, heard_at)
 SELECT ts, symbol, timeframe, open, high, low, close, volume, spread, real_volume, revision, source, ts_source,
-    received_at, candles_seq, live, $4
+    received_at, candles_seq, live, $4, server_time, heard_at
 FROM gone
 ON CONFLICT DO NOTHING;
 

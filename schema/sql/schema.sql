@@ -7,6 +7,8 @@ CREATE TABLE schema_migrations (
 );
 
 -- One row a bar: its current version. Prices are double precision, as the feed gives them: a round trip keeps every bit.
+-- candles_seq and server_time are the version's: the log's sequence that brought it, and the sender's clock, by which
+-- versions are ordered. heard_at is when the bar's age was judged, by its first live version (null: at its own end).
 CREATE TABLE market_data (
     ts timestamptz NOT NULL,
     symbol text NOT NULL,
@@ -24,6 +26,8 @@ CREATE TABLE market_data (
     received_at timestamptz NOT NULL,
     candles_seq bigint NOT NULL,
     live boolean NOT NULL DEFAULT true,
+    server_time bigint,
+    heard_at timestamptz,
     PRIMARY KEY (symbol, timeframe, ts)
 );
 
@@ -46,6 +50,8 @@ CREATE TABLE candle_revisions (
     candles_seq bigint NOT NULL,
     live boolean NOT NULL,
     replaced_by_seq bigint NOT NULL,
+    server_time bigint,
+    heard_at timestamptz,
     PRIMARY KEY (symbol, timeframe, ts, revision, candles_seq)
 );
 
@@ -64,11 +70,11 @@ CREATE FUNCTION keep_candle_revision() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO candle_revisions
         (ts, symbol, timeframe, open, high, low, close, volume, spread, real_volume, revision, source, ts_source,
-         received_at, candles_seq, live, replaced_by_seq)
+         received_at, candles_seq, live, replaced_by_seq, server_time, heard_at)
     VALUES
         (OLD.ts, OLD.symbol, OLD.timeframe, OLD.open, OLD.high, OLD.low, OLD.close, OLD.volume, OLD.spread,
          OLD.real_volume, OLD.revision, OLD.source, OLD.ts_source, OLD.received_at, OLD.candles_seq, OLD.live,
-         NEW.candles_seq)
+         NEW.candles_seq, OLD.server_time, OLD.heard_at)
     ON CONFLICT DO NOTHING;
     RETURN NULL;
 END
@@ -126,7 +132,8 @@ BEGIN
     ] LOOP
         EXECUTE format(
             'CREATE VIEW %I AS SELECT ts, symbol, timeframe, close, volume, spread, rsi, macd, macd_signal, macd_hist, '
-            'atr, ma60, ret_1, fwd_ret_5, ready, bar, candle_revision, candles_seq FROM features WHERE timeframe = %L',
+            'atr, ma60, ret_1, fwd_ret_5, ready, bar, candle_revision, candles_seq, '
+            'ts_source = ''assumed'' AS clock_assumed FROM features WHERE timeframe = %L',
             'features_' || lower(tf), tf
         );
         EXECUTE format(

@@ -148,16 +148,19 @@ async def _settled(url: str, database: str, feeds: Sequence[Feed]) -> Archive:
     truth = _truth(feeds)
     connection = await asyncpg.connect(database)
     try:
-        whole, deadline = False, float("inf")
-        for number in itertools.count():
+        await pass_through(url, connection, 0)
+        deadline = time.monotonic() + PATIENCE
+        for number in itertools.count(1):
+            while not await connection.fetchval("SELECT count(*) >= $1 FROM market_data", len(truth) + number):
+                if time.monotonic() > deadline:
+                    break
+                await asyncio.sleep(QUIET / 10)
+            # The rows may have come between the signal and the question: one more pass brings what they made.
             await pass_through(url, connection, number)
-            deadline = min(deadline, time.monotonic() + PATIENCE)
             archive = await read_archive(connection)
-            if whole or time.monotonic() > deadline:
+            if archive["market_data"] == truth or time.monotonic() > deadline:
                 return archive
-            # The rows may have come between the signal and the reading: one more pass brings what they made.
-            whole = archive["market_data"] == truth
-            await asyncio.sleep(0.0 if whole else QUIET / 4)
+            await asyncio.sleep(QUIET / 4)
         raise AssertionError("unreachable")
     finally:
         await connection.close()

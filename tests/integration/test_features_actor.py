@@ -30,7 +30,16 @@ def plain(rows: Iterable[FeatureRow]) -> list[FeatureRow]:
     """Rows without what tells of their bars' past."""
     return [
         msgspec.structs.replace(
-            r, revision=0, replaces=None, replaces_seq=None, source=None, ts_source="utc", live=True
+            r,
+            revision=0,
+            replaces=None,
+            replaces_seq=None,
+            source=None,
+            ts_source="utc",
+            live=True,
+            brought_seq=None,
+            server_time=None,
+            heard_at=None,
         )
         for r in rows
     ]
@@ -155,3 +164,27 @@ async def test_what_cannot_be_decoded_is_parked_and_the_rest_goes_on(bus: Bus, n
         parked = await bus.js.get_last_msg("REJECTS", "rejects.features")
     assert plain(final_rows(blocks).values()) == undisturbed(rows)
     assert b"cannot be decoded" in (parked.data or b"")
+
+
+async def test_a_series_too_many_is_parked_and_the_others_go_on(bus: Bus, nats_url: str) -> None:
+    rows = walk(30)
+    full = Settings(features=FeatureSettings(snapshot_seconds=0.05, max_series=1))
+    async with running(Features, nats_url=nats_url, settings=full):
+        await put(bus, rows[:10])
+        await put(bus, rows[:10], symbol="GBPUSD")
+        last = await put(bus, rows[10:20])
+        await read_until(bus, FEATURES, reached(last))
+        parked = await bus.js.get_last_msg("REJECTS", "rejects.features")
+    assert b"max_series" in (parked.data or b"")
+    async with running(Features, nats_url=nats_url, settings=full):  # is not computed anew at every start
+        last = await put(bus, rows[20:25])
+        blocks = await read_until(bus, FEATURES, reached(last))
+    assert [(b.symbol, len(b.rows)) for b in blocks] == [("EURUSD", 10), ("EURUSD", 10), ("EURUSD", 5)]
+    room = Settings(features=FeatureSettings(snapshot_seconds=0.05, quiet_seconds=0.2))
+    async with running(Features, nats_url=nats_url, settings=room):
+        await put(bus, rows[10:], symbol="GBPUSD")
+        await put(bus, rows[:10], symbol="GBPUSD")  # what was parked, sent again
+        blocks = await read_until(bus, FEATURES, lambda found: len(found) == 5)
+    rows_of = {name: final_rows([b for b in blocks if b.symbol == name]) for name in ("EURUSD", "GBPUSD")}
+    assert plain(rows_of["EURUSD"].values()) == undisturbed(rows[:25])
+    assert plain(row for _, row in sorted(rows_of["GBPUSD"].items())) == undisturbed(rows)

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import asyncpg
 import msgspec
 import pytest
 
+from actors.core.manifest import MANIFEST_FILE
 from actors.core.series import SeriesState, append
 from actors.emitter import Emitter
 from actors.features import Features
 from actors.recorder import Recorder
 from bus.client import Bus
-from bus.subjects import FEATURE_STATE, FEATURES, SIGNALS
+from bus.subjects import FEATURE_STATE, FEATURES, MODELS, SIGNALS
 from schema.messages import Candle
 from schema.settings import Features as FeatureSettings
 from schema.settings import Recorder as RecorderSettings
 from schema.settings import Settings
 from tests.builders import LIVE, put, read_until, running, walk
-from tests.models import files, release
+from tests.models import files, manifest_of, release
 
 SETTINGS = Settings(
     features=FeatureSettings(snapshot_seconds=0.05, quiet_seconds=0.3), recorder=RecorderSettings(linger=0.01)
@@ -145,3 +147,151 @@ async def test_a_window_begins_at_a_checkpoint_also_after_the_log_has_aged(
         await until(archive, "SELECT count(*) FROM market_data", 3_500)
         await until(archive, "SELECT max(bar) FROM features", 3_500)
         assert await contents(archive) == undisturbed(rows)
+
+
+LATER = datetime(2030, 1, 1, tzinfo=UTC)
+
+
+def other(row: Candle, by: float = 1e-4) -> Candle:
+    return msgspec.structs.replace(row, high=row.high + by)
+
+
+async def age(bus: Bus, archive: asyncpg.Connection, bars: int) -> None:
+    """What time does to the log: all of it is in the archive, and purged, while the actors run on."""
+    await until(archive, "SELECT count(*) FROM features", bars)
+    await bus.js.purge_stream("CANDLES")
+
+
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["whole", "checkpoint"])
+async def test_a_correction_reads_the_archive_once_the_log_has_aged_under_a_running_actor(
+    bus: Bus, nats_url: str, pg_url: str, archive: asyncpg.Connection, checkpoint: bool
+) -> None:
+    rows = walk(1_500 if checkpoint else 900)
+    at = 1_200 if checkpoint else 300
+    sent = [*rows[:at], other(rows[at]), *rows[at + 1 :]]
+    sent[at + 50] = msgspec.structs.replace(rows[at + 50], close=rows[at + 50].high)
+    late = rows[at - 100]
+    async with running(Features, Recorder, nats_url=nats_url, database_url=pg_url, settings=SETTINGS):
+        await put(bus, [row for row in sent if row is not late], size=100)
+        await age(bus, archive, len(rows) - 1)
+        await put(bus, [rows[at + 50]])
+        await until(archive, "SELECT count(*) FROM candle_revisions", 1)
+        await age(bus, archive, len(rows) - 1)
+        await put(bus, walk(len(rows) + 40)[len(rows) :], size=1)
+        await put(bus, [rows[at]])
+        await put(bus, [late])
+        await until(archive, "SELECT count(*) FROM features", len(rows) + 40)
+        assert await contents(archive) == undisturbed(walk(len(rows) + 40))
+        assert await archive.fetchval("SELECT count(*) FROM candle_revisions") == 2
+
+
+async def test_a_purge_between_two_corrections_loses_nothing_that_was_deferred(
+    bus: Bus, nats_url: str, pg_url: str, archive: asyncpg.Connection
+) -> None:
+    """Bars that waited are published later than the log has them: the archive knows both places."""
+    rows = walk(300)
+    async with running(Features, Recorder, nats_url=nats_url, database_url=pg_url, settings=SETTINGS):
+        await put(bus, rows[200:250])
+        await until(archive, "SELECT count(*) FROM features", 50)
+        await put(bus, rows[:200], history=True)
+        last = await put(bus, rows[250:299], size=1)
+        await until(archive, "SELECT count(*) FROM features", 299)
+        await bus.js.purge_stream("CANDLES", seq=last - 10)
+    async with running(Features, Recorder, nats_url=nats_url, database_url=pg_url, settings=SETTINGS):
+        await put(bus, [other(rows[100]), rows[299]], size=1)
+        await until(archive, "SELECT count(*) FROM candle_revisions", 1)
+        await until(archive, "SELECT count(*) FROM features", 300)
+        assert await contents(archive) == undisturbed([*rows[:100], other(rows[100]), *rows[101:]])
+
+
+async def test_what_a_bar_was_and_whose_it_is_outlive_the_log(
+    bus: Bus, nats_url: str, pg_url: str, archive: asyncpg.Connection
+) -> None:
+    rows = walk(200)
+    live: dict[str, Any] = {"replay": False}
+    async with running(Features, Recorder, nats_url=nats_url, database_url=pg_url, settings=SETTINGS):
+        await put(bus, rows[:100], source="a", server_time=1_000, **live)
+        await put(bus, [other(rows[10])], source="a", **live)
+        await put(bus, [other(rows[20])], source="a", server_time=2_000, **live)
+        await put(bus, [rows[99]], source="a", withdrawn=(rows[30].ts,), **live)
+        await until(archive, "SELECT count(*) FROM candle_revisions", 3)
+        await age(bus, archive, 99)
+    async with running(Features, Recorder, nats_url=nats_url, database_url=pg_url, settings=SETTINGS):
+        await put(bus, [rows[100]], source="b", **live)
+        await put(bus, [rows[10]], source="a", **live)  # what it was before
+        await put(bus, [other(rows[20], 2e-4)], source="a", server_time=1_500, **live)  # older than what it is
+        await put(bus, [other(rows[40])], source="b", **live)  # not the owner's
+        await put(bus, [rows[30]], source="a", **live)  # comes back
+        await put(bus, [other(rows[50])], source="a", **live)
+        await until(archive, "SELECT count(*) FROM features", 101)
+        await until(archive, "SELECT count(*) FROM candle_revisions", 4)
+        now = list(rows[:101])
+        for at in (10, 20, 50):
+            now[at] = other(now[at])
+        assert await contents(archive) == undisturbed(now)
+        revisions = await archive.fetch("SELECT ts, revision FROM market_data WHERE revision > 0 ORDER BY ts")
+        assert [tuple(r) for r in revisions] == [
+            (rows[10].ts, 1),
+            (rows[20].ts, 1),
+            (rows[30].ts, 2),
+            (rows[50].ts, 1),
+        ]
+
+
+async def test_bars_that_wait_do_not_overtake_what_came_after_them(
+    bus: Bus, nats_url: str, pg_url: str, archive: asyncpg.Connection
+) -> None:
+    rows = walk(120)
+    async with running(Features, Recorder, nats_url=nats_url, database_url=pg_url, settings=SETTINGS):
+        await put(bus, rows[100:110])
+        await put(bus, [*rows[90:95], other(rows[95]), *rows[96:100]], history=True)
+        await put(bus, rows[90:111])
+        await put(bus, rows[80:90], history=True)  # waits, and so must have what waited before
+        await until(archive, "SELECT count(*) FROM features", 31)
+        assert await contents(archive) == undisturbed(rows[80:111])
+        assert await archive.fetchval("SELECT revision FROM market_data WHERE ts = $1", rows[95].ts) == 1
+
+
+async def test_a_correction_keeps_the_verdict_on_its_bars_age(
+    bus: Bus, nats_url: str, pg_url: str, archive: asyncpg.Connection
+) -> None:
+    """What is computed again hours later is no staler than when it first came; a late bar is."""
+    rows = walk(340)
+    artifacts = files()
+    manifest = msgspec.structs.replace(manifest_of(artifacts), threshold=0.5, max_spread={})
+    standing = "SELECT count(*) FROM model_signals WHERE superseded_at IS NULL AND abstain IS "
+    async with running(Features, Emitter, Recorder, nats_url=nats_url, database_url=pg_url, settings=SETTINGS):
+        await release(bus, artifacts | {MANIFEST_FILE: msgspec.json.encode(manifest)}, "champion")
+        await until_served(bus)
+        await put(bus, rows[:310], history=True)
+        for row in [*rows[310:315], *rows[316:]]:
+            await put(bus, [row], replay=False, received_at=row.ts + timedelta(seconds=61))
+        await until(archive, standing + "NULL", 29)
+        await put(bus, [other(rows[320])], replay=False, received_at=LATER)
+        await put(bus, [msgspec.structs.replace(rows[330], close=rows[330].high)], replay=False, received_at=LATER)
+        await until(archive, "SELECT count(*) FROM model_signals WHERE superseded_at IS NOT NULL", 30)
+        assert await archive.fetchval(standing + "NULL") == 29
+        await age(bus, archive, 339)
+        await put(bus, [msgspec.structs.replace(rows[312], close=rows[312].high)], replay=False, received_at=LATER)
+        await until(archive, "SELECT count(*) FROM model_signals WHERE superseded_at IS NOT NULL", 57)
+        assert await archive.fetchval(standing + "NULL") == 29
+        await put(bus, [rows[315]], replay=False, received_at=LATER)
+        await until(archive, standing + "NOT NULL", 1)
+        await until(archive, standing + "NULL", 29)
+        stale = await archive.fetchrow("SELECT ts, label FROM model_signals WHERE abstain = 'stale_feed'")
+        assert tuple(stale) == (rows[315].ts, 0)
+
+
+async def until_served(bus: Bus) -> None:
+    await read_until(bus, MODELS, lambda events: any(event.event == "activated" for event in events))
+
+
+async def test_a_guessed_time_is_told_by_name(
+    bus: Bus, nats_url: str, pg_url: str, archive: asyncpg.Connection
+) -> None:
+    rows = walk(30)
+    async with running(Features, Recorder, nats_url=nats_url, database_url=pg_url, settings=SETTINGS):
+        await put(bus, rows[:20], history=True, ts_source="assumed")
+        await put(bus, rows[20:], ts_source="inferred")
+        await until(archive, "SELECT count(*) FROM features_m1 WHERE NOT clock_assumed", 10)
+        assert await archive.fetchval("SELECT count(*) FROM features_m1 WHERE clock_assumed") == 20

@@ -46,8 +46,7 @@ class Calculator:
         self.log.append(message)
         seq = len(self.log)
         new = origin(message, seq)
-        if not message.withdrawn:
-            self.state.owner = own(self.state.owner, new, self.priority)
+        self.state.hear(new, self.priority)
         fresh, older = split(self.state, message.rows, new)
         if message.withdrawn or older:
             change = revise(self._history(message, seq), self.state, message, seq, self.priority)
@@ -64,7 +63,8 @@ class Calculator:
         base = max(
             (p for p in self.points if p.last_ts < earliest and p.seq < seq), key=lambda p: p.last_ts, default=None
         )
-        history = History(base if self.window else None)
+        base = base if self.window else None
+        history = History(base, self.state.owner_before(base.start if base is not None else 1))
         for number, old in enumerate(self.log[:-1], 1):
             if history.base is None or number >= history.base.start:
                 history.apply(old, number, self.priority)
@@ -87,7 +87,16 @@ class Calculator:
 
 def plain(row: FeatureRow) -> FeatureRow:
     return msgspec.structs.replace(
-        row, revision=0, replaces=None, replaces_seq=None, source=None, ts_source="utc", live=True
+        row,
+        revision=0,
+        replaces=None,
+        replaces_seq=None,
+        source=None,
+        ts_source="utc",
+        live=True,
+        brought_seq=None,
+        server_time=None,
+        heard_at=None,
     )
 
 
@@ -96,7 +105,7 @@ def clean(rows: Sequence[Candle]) -> list[FeatureRow]:
 
 
 def live(rows: Sequence[Candle], clock: int | None = None, source: str | None = None, **more: Any) -> CandleBlock:
-    return block(rows, replay=False, server_time=clock, source=source, **more)
+    return block(rows, **({"replay": False, "server_time": clock, "source": source} | more))
 
 
 def other(row: Candle, by: float = 1e-4) -> Candle:
@@ -121,6 +130,8 @@ A, B = 1, 2
         (Mark(A, 5, ""), A, ("", 6), "", (), "confirmed"),
         (Mark(A, 5, ""), B, ("", None), "", (), "revised"),
         (Mark(A, 5, "x"), B, ("y", 9), "x", (), "foreign"),
+        (Mark(A, 5, "y"), B, ("y", 9), "x", (), "foreign"),
+        (Mark(A, 5, "y"), A, ("y", 9), "x", (), "confirmed"),
         (Mark(A, 9, "y"), B, ("x", 5), "x", (), "revised"),
         (Mark(A, 9, "y"), A, ("x", 5), "x", (), "confirmed"),
         (Mark(A, None, "y"), B, ("x", None), None, (), "revised"),
@@ -131,6 +142,25 @@ def test_what_a_version_does(
     current: Mark, mark: int, new: tuple[str, int | None], owner: str | None, former: tuple[int, ...], expected: str
 ) -> None:
     assert effect(current, mark, Origin(new[0], new[1], True, True, "utc", 1), owner, former) == expected
+
+
+@pytest.mark.parametrize(("server", "utc", "expected"), [(-60, 3_540, "revised"), (60, -3_540, "stale")])
+def test_in_the_repeated_hour_utc_orders_what_server_time_cannot(server: int, utc: int, expected: str) -> None:
+    """A correction a minute before the hour's second pass is over bears a server time of before what it corrects."""
+    current = Mark(A, 7_200, "x", "server", 0)
+    new = Origin("x", 7_200 + server, True, True, "server", 1, utc)
+    assert effect(current, B, new, "x", (B,)) == expected
+    # One of the two is of before UTC was sent: server time is all that both have.
+    assert effect(current._replace(server_utc=None), B, new, "x", (B,)) != expected
+
+
+def test_a_correction_in_autumns_repeated_hour_counts() -> None:
+    rows = walk(10)
+    calculator = Calculator()
+    calculator.take(live([*rows[:9], other(rows[9])], clock=10_000, source="a", server_utc=0))
+    calculator.take(live([rows[9]], clock=9_000, source="a", server_utc=2_600))
+    calculator.take(live([rows[8], other(rows[9])], clock=10_000, source="a", server_utc=0))
+    assert calculator.archive == clean(rows)
 
 
 def test_the_first_live_source_owns_and_priority_overrules() -> None:
@@ -151,6 +181,9 @@ def test_others_fill_holes_and_never_revise() -> None:
     calculator.take(live([*rows[:10], *rows[11:]], source="a"))
     calculator.take(live([other(row) for row in rows[12:20]], source="b"))
     calculator.take(live([rows[10]], source="b"))
+    assert calculator.archive == clean(rows)
+    calculator.take(live([other(rows[10])], source="b"))
+    calculator.take(live([other(rows[10])], source="b", clock=99))
     assert calculator.archive == clean(rows)
     calculator.take(live([other(rows[10])], source="a"))
     assert calculator.rows[rows[10].ts].high == other(rows[10]).high
@@ -198,16 +231,85 @@ def test_a_window_from_a_checkpoint_gives_the_bits_of_the_whole_series() -> None
     rows = walk(3 * CHECKPOINT_EVERY + 300)
     whole, window = Calculator(), Calculator(window=True)
     for at in range(0, len(rows), 700):
+        message = live([row for row in rows[at : at + 700] if row is not rows[2_500]])
         for calculator in (whole, window):
-            calculator.take(live([row for row in rows[at : at + 700] if row is not rows[2_500]]))
+            calculator.take(message)
     assert len(window.points) == 3
     history = window._history(live([rows[2_500]]), 99)
     assert history.base is not None and len(history) < 1_400
     for late in ([rows[2_500]], [other(rows[2_047])], [other(rows[3_300])], [rows[2_047]]):
-        a, b = whole.take(live(late)), window.take(live(late))
+        message = live(late)
+        a, b = whole.take(message), window.take(message)
         assert (a.rows, a.fills, a.checkpoints) == (b.rows, b.fills, b.checkpoints)
     assert whole.archive == window.archive
     assert whole.state == window.state
+
+
+def test_a_window_judges_its_messages_by_the_owner_of_their_time() -> None:
+    rows = walk(2 * CHECKPOINT_EVERY)
+    calculator = Calculator(priority=("a", "b"), window=True)
+    calculator.take(live(rows, source="b"))
+    corrected = other(rows[1_500])
+    calculator.take(live([corrected], source="b"))
+    calculator.take(live([other(rows[-1])], source="a"))  # owns from here on
+    calculator.take(live([other(rows[1_600])], source="a"))
+    for at in (1_500, 1_600, -1):
+        rows[at] = other(rows[at])
+    assert calculator.archive == clean(rows)
+
+
+def test_a_restored_bar_remembers_what_it_was() -> None:
+    rows = walk(10)
+    history = History(owner="a")
+    for at, row in enumerate(rows):
+        history.restore(row, int(at == 5), Origin("a", 100, False, True, "utc", 7))
+    history.recall(other(rows[5]))
+    history.recall_withdrawal(epoch(walk(11)[10]), 4)
+    history.recall_withdrawal(epoch(rows[2]), 4)  # came back since
+    assert history.apply(live([other(rows[5])], source="a"), 8, ()) is None
+    assert history.apply(live([other(rows[6])], source="a", clock=99), 9, ()) is None
+    assert history.apply(live([other(rows[6])], source="a", clock=100), 10, ()) == 6
+    assert history.apply(live([walk(11)[10]], source="a"), 11, ()) == 10
+    state = SeriesState("EURUSD", "M1")
+    made = history.rows(0, state).rows
+    assert [row.revision for row in made] == [0] * 5 + [1, 1] + [0] * 3 + [5]
+    assert [row.brought_seq for row in made] == [7] * 6 + [10] + [7] * 3 + [11]
+
+
+def test_deferred_history_has_the_place_that_the_log_gives_it() -> None:
+    rows = walk(120)
+    messages = [
+        live(rows[100:110]),
+        live([*rows[90:95], other(rows[95]), *rows[96:100]], history=True),  # waits
+        live(rows[90:111]),
+    ]
+    before, after = History(), History()
+    calculator = Calculator()
+    for seq, message in enumerate(messages[:2], 1):
+        after.apply(message, seq, ())
+        if seq == 1:
+            before.apply(message, seq, ())
+            calculator.take(message)
+    calculator._archive(take_in(before, after, calculator.state, messages[2:], 3, ()))
+    assert calculator.archive == clean(rows[90:111])
+    assert calculator.rows[rows[95].ts].revision == 1
+    assert [row.ts for row in calculator.changes[-1].rows if row.replaces] == [row.ts for row in rows[100:110]]
+
+
+def test_a_bars_age_is_judged_by_its_first_live_version() -> None:
+    rows = walk(30)
+    calculator = Calculator()
+    first = live(rows[:20])
+    calculator.take(first)
+    calculator.take(live(rows[20:], history=True))
+    second = live([other(rows[10]), other(rows[25])], received_at=datetime(2030, 1, 1, tzinfo=UTC))
+    rows_made = calculator.take(second).rows
+    heard = {row.ts: row.heard_at for row in rows_made if row.live}
+    assert [heard[row.ts] for row in rows[10:20]] == [first.received_at] * 10
+    assert heard[rows[25].ts] == second.received_at  # history until now
+    replayed = Calculator()
+    replayed.take(block(rows))
+    assert [row.heard_at for row in replayed.take(live([other(rows[28])])).rows] == [rows[28].ts, rows[29].ts]
 
 
 def test_deferred_history_is_one_recomputation() -> None:
@@ -215,9 +317,12 @@ def test_deferred_history_is_one_recomputation() -> None:
     calculator = Calculator()
     calculator.take(live(rows[400:]))
     older = [live(rows[at : at + 100], history=True) for at in (300, 200, 100, 0)]
-    history = History()
-    history.apply(calculator.log[0], 1, ())
-    change = take_in(history, calculator.state, older, 5, ())
+    before, after = History(), History()
+    for seq, message in enumerate([calculator.log[0], *older], 1):
+        after.apply(message, seq, ())
+        if seq == 1:
+            before.apply(message, seq, ())
+    change = take_in(before, after, calculator.state, [], 5, ())
     calculator._archive(change)
     assert calculator.archive == clean(rows)
     assert sum(row.replaces is not None for row in change.rows) == 100

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from actors.core import forest, serving
+from actors.core.features import FeatureState
 from actors.core.inputs import SCALE_FREE_V1
 from actors.core.manifest import Manifest, ModelFile
 from actors.core.serving import Decision, ModelRefused, OnnxModel, ServedModel
@@ -204,6 +205,23 @@ def test_age_is_judged_at_receipt_or_in_a_replay_at_its_now() -> None:
     assert serving.judged_at(replay, END) == END
     assert serving.judged_at(structs.replace(replay, now=END + timedelta(hours=1)), END) == END + timedelta(hours=1)
     assert serving.expires_at(TS, END) == TS + timedelta(minutes=2)
+
+
+def test_a_row_that_was_computed_again_is_as_old_as_when_its_bar_first_came() -> None:
+    expires = serving.expires_at(TS, END)
+    assert decide(row=structs.replace(ROW, heard_at=expires), late=True).abstain is None
+    assert decide(row=structs.replace(ROW, heard_at=expires + timedelta(seconds=1))).abstain == "stale_feed"
+
+
+def test_no_signal_is_made_where_a_base_is_not_positive() -> None:
+    """WTI's May contract on 2020-04-20: returns from or to 0 and below are undefined."""
+    state = FeatureState()
+    rows = [
+        structs.replace(ROW, bar=bar, close=close, ret_1=state.update(bar * 60, close, close, close)[6])
+        for bar, close in enumerate((10.0, 1.0, 0.0, -37.0, 8.0, 9.0), 1)
+    ]
+    assert [serving.makes_signal(row) for row in rows] == [True, True, False, False, False, True]
+    assert not serving.makes_signal(structs.replace(rows[-1], live=False))
 
 
 # --- signals -----------------------------------------------------------------------------------------------------
