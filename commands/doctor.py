@@ -31,6 +31,7 @@ RELEASED: Final = datetime(2025, 1, 1, tzinfo=UTC)  # a clock before this has ne
 CLOCK_SECONDS: Final = 2.0
 CHECK_SECONDS: Final = 15.0
 ACTORS_SECONDS: Final = 2.0
+LOG_TAIL: Final = 4_096
 MODULES: Final = ("nats", "asyncpg", "aiohttp", "numpy", "scipy", "sklearn", "skl2onnx", "onnx", "onnxruntime", "rich")
 MARKS: Final[dict[State, str]] = {"ok": "ok   ", "note": "note ", "wrong": "WRONG"}
 
@@ -301,13 +302,26 @@ async def _actors(places: Places, loaded: Loaded) -> list[Finding]:
         health, detail = judge(actor, answers)
         if not answers:
             mend = f"Start it with `mt5 up {actor}`; its log says why it has ended."
-            findings.append(Finding(actor, "wrong", "does not answer", mend))
+            findings.append(Finding(actor, "wrong", f"does not answer{_last_words(loaded.home, actor)}", mend))
         elif health == "ok":
             findings.append(Finding(actor, "ok", detail))
         else:
             hosts = ", ".join(sorted({answer.host for answer in answers}))
             findings.append(Finding(actor, "wrong", detail, f"See its log on {hosts}."))
     return findings
+
+
+def _last_words(home: Path, actor: str) -> str:
+    """The end of an actor's log, where this home has one: what a process that ends at every start says each time."""
+    log = home / "logs" / f"{actor}.log"
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - LOG_TAIL))
+            lines = file.read().decode(errors="replace").split("\n")
+    except OSError:
+        return ""
+    words = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return f"; {log} ends with: {words}" if words else ""
 
 
 async def _nats(places: Places, loaded: Loaded) -> list[Finding]:

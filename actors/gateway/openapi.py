@@ -289,7 +289,7 @@ def _metrics(operation_id: str) -> Schema:
     return {
         "operationId": operation_id,
         "tags": ["operations"],
-        "summary": "Prometheus metrics",
+        "summary": "Prometheus metrics of every process",
         "responses": {"200": {"description": "Text format.", "content": content}, **_problems(_DENIED)},
     }
 

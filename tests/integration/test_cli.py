@@ -277,7 +277,7 @@ async def test_tail_prints_signals_as_they_come(system: Running) -> None:
             label=1,
             abstain=None,
             candle_revision=0,
-            candles_seq=1,
+            candles_seq=0,  # CANDLES has none: a recorder that archived more than there is stops
             features_hash="h",
             created_at=now,
             expires_at=now + timedelta(minutes=2),
