@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import json
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -36,6 +37,8 @@ PULL_SECONDS: Final = 0.8  # a pull request lives this long, so that the owner p
 GRACE_SECONDS: Final = (
     6.0  # without the token, as after a restart of the server, until somebody else is taken to have it
 )
+INFO_SECONDS: Final = 2.0
+KNOWN_PINS: Final = 8  # of this process that are remembered: each restart of the server makes a new one
 REFUSED_PAUSE: Final = 0.2
 WRONG_PIN: Final = "423"
 EXPIRED: Final = "408"
@@ -76,8 +79,10 @@ class Ownership:
         self._stream = f"KV_{OWNERS}"
         self.handed = 0  # times that the token was handed to this process
         self._pin: str | None = None
+        self._known: deque[str] = deque(maxlen=KNOWN_PINS)  # pins that this process was given
         self._token: Msg | None = None
-        self._heard: asyncio.Queue[Msg] = asyncio.Queue(maxsize=64)
+        self._answered = asyncio.Event()
+        self._refusal: str | None = None  # a status other than "nothing for you now"
         self._inbox = ""
         self._sub: Any = None
 
@@ -102,15 +107,31 @@ class Ownership:
         log.info("owns its work", action="owner.acquired", actor=self._actor, took_over=waiting)
 
     async def hold(self) -> None:
-        """Keeps the token until somebody else has it. Raises OwnershipLost."""
+        """Keeps the token until somebody else has it. Raises OwnershipLost.
+
+        A token that does not come proves nothing: the server may have restarted, this process may have been too busy to
+        hear it. Only a pin that is another's does.
+        """
         seen = time.monotonic()
         while True:
-            connected = self._bus.connected
-            if await self._pull() or not connected or not self._bus.connected:
+            if await self._pull() or not self._bus.connected:
                 seen = time.monotonic()  # while NATS is away nobody can take it; and nothing can be written either
             elif time.monotonic() - seen > GRACE_SECONDS:
-                owns_gauge.set(0, actor=self._actor)
-                raise OwnershipLost(f"Another process does the work of {self._actor}.")
+                if await self._is_anothers():
+                    owns_gauge.set(0, actor=self._actor)
+                    raise OwnershipLost(f"Another process does the work of {self._actor}.")
+                seen = time.monotonic()
+
+    async def _is_anothers(self) -> bool:
+        try:
+            answer = await self._bus.nc.request(
+                f"$JS.API.CONSUMER.INFO.{self._stream}.{self._consumer}", b"", timeout=INFO_SECONDS
+            )
+        except (NatsError, TimeoutError):
+            return False
+        groups = json.loads(answer.data).get("priority_groups") or []
+        pins = {str(group["pinned_client_id"]) for group in groups if group.get("pinned_client_id")}
+        return bool(pins - set(self._known))
 
     async def release(self) -> None:
         """Hands the token on at once, so that a restart does not wait for it."""
@@ -128,9 +149,9 @@ class Ownership:
         self._pin = None
 
     async def _pull(self) -> bool:
-        """One pull request: whether it brought the token."""
-        while not self._heard.empty():
-            self._heard.get_nowait()  # of requests before
+        """One pull request: whether the token has come since the last one."""
+        handed = self.handed
+        self._answered.clear()
         request: dict[str, Any] = {"batch": 1, "expires": int(PULL_SECONDS * 1e9), "group": GROUP}
         if self._pin is not None:
             request["id"] = self._pin
@@ -140,29 +161,31 @@ class Ownership:
                 json.dumps(request).encode(),
                 reply=self._inbox,
             )
-            async with asyncio.timeout(PULL_SECONDS + 0.2):
-                msg = await self._heard.get()
-        except TimeoutError:
-            return False
         except NatsError as error:
             raise BusUnavailable(f"NATS does not take requests ({type(error).__name__}).") from error
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PULL_SECONDS + 0.2):
+                await self._answered.wait()
+        refusal, self._refusal = self._refusal, None
+        if refusal is not None:
+            if refusal.startswith(("503", "404")) or "Consumer Deleted" in refusal:
+                raise BusUnavailable(f"The consumer {self._consumer} is missing: run `mt5 topology apply`.")
+            await asyncio.sleep(REFUSED_PAUSE)  # what is refused at once must not be asked for without a pause
+        return self.handed > handed
+
+    async def _on_message(self, msg: Msg) -> None:
+        """Counts whenever it comes: a busy process may hear of the token when its request is long over."""
         headers = msg.headers or {}
         status = headers.get("Status") if not msg.data else None
         if status is None:
             self._token = msg
-            self.handed += 1
             self._pin = headers.get("Nats-Pin-Id") or self._pin
-            return True
-        if status == WRONG_PIN:
+            if self._pin is not None and self._pin not in self._known:
+                self._known.append(self._pin)
+            self.handed += 1
+        elif status == WRONG_PIN:
             self._pin = None
             log.warning("the token was taken away", action="owner.unpinned", actor=self._actor)
-        elif status == "503" or status == "404" or "Consumer Deleted" in headers.get("Description", ""):
-            raise BusUnavailable(f"The consumer {self._consumer} is missing: run `mt5 topology apply`.")
         elif status != EXPIRED:
-            await asyncio.sleep(REFUSED_PAUSE)  # what is refused at once must not be asked for without a pause
-        return False
-
-    async def _on_message(self, msg: Msg) -> None:
-        if self._heard.full():
-            self._heard.get_nowait()
-        self._heard.put_nowait(msg)
+            self._refusal = f"{status} {headers.get('Description', '')}"
+        self._answered.set()

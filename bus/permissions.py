@@ -67,6 +67,7 @@ def _owner(actor: str) -> tuple[str, ...]:
     stream, consumer = f"KV_{OWNERS}", owner_consumer(actor)
     return (
         f"{API}.CONSUMER.MSG.NEXT.{stream}.{consumer}",
+        f"{API}.CONSUMER.INFO.{stream}.{consumer}",
         f"{API}.CONSUMER.UNPIN.{stream}.{consumer}",
         f"$JS.ACK.{stream}.{consumer}.>",
     )
