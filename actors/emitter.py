@@ -173,8 +173,8 @@ class Emitter:
                 )
             if self.active[timeframe][-1].model is None:
                 self.ctx.standing.concerns[timeframe] = (
-                    f"Model {events[-1].version} cannot be loaded: {timeframe} signals say no_model until `mt5 train "
-                    f"--timeframe {timeframe}` or `mt5 models promote` gives another one."
+                    f"Model {events[-1].version} cannot be loaded: {timeframe} signals say no_model until `mt5 models "
+                    f'rollback --model {events[-1].model_name}` or `mt5 models promote VERSION --reason "…"` gives another.'
                 )
         return list(waiting.values())
 

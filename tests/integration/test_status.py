@@ -59,8 +59,8 @@ async def told(bus: Bus, until: Any, actor: str = "features") -> list[Status]:
 
 async def test_nobody_answers_at_once_where_nobody_is(bus: Bus) -> None:
     started = time.monotonic()
-    assert await statuses(bus, ["features", "trainer"]) == {"features": [], "trainer": []}
-    assert time.monotonic() - started < status.ANSWER_WAIT, "the server says that there is nobody"
+    assert await statuses(bus, ["features", "trainer"], wait=30) == {"features": [], "trainer": []}
+    assert time.monotonic() - started < 5, "the server says that there is nobody"
     health, detail = judge("trainer", [])
     assert health == "degraded"
     assert "`mt5 up trainer`" in detail
