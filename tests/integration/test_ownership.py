@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 
 from bus.client import Bus
-from bus.ownership import Ownership, OwnershipLost
+from bus.ownership import PIN_SECONDS, Ownership, OwnershipLost
 from bus.permissions import OPERATOR
 from bus.supervise import Context, run_actors
 from deploy.embedded import NatsServer
@@ -72,6 +72,23 @@ async def test_a_restarted_server_takes_nothing_away(bus: Bus, nats: NatsServer)
             while not (bus.connected and await only_pulls(only)):
                 await asyncio.sleep(0.05)
     assert not holding.done()
+    holding.cancel()
+    await asyncio.gather(holding, return_exceptions=True)
+
+
+async def test_a_process_too_busy_to_hear_of_the_token_keeps_its_work(bus: Bus) -> None:
+    """Nobody else is there: losing the pin again and again is no reason to start again, which would make it busier."""
+    only = Ownership(bus, "emitter")
+    await only.acquire()
+    holding = asyncio.create_task(only.hold())
+    for _ in range(4):
+        time.sleep(PIN_SECONDS + 0.5)  # the whole loop is blocked
+        await asyncio.sleep(0.05)
+    assert not holding.done()
+    handed = only.handed
+    async with asyncio.timeout(10):
+        while only.handed == handed:
+            await asyncio.sleep(0.05)
     holding.cancel()
     await asyncio.gather(holding, return_exceptions=True)
 
