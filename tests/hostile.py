@@ -57,6 +57,8 @@ PREAMBLE: Final = 290  # bars of history before the live part of a deep series: 
 DEEP: Final = 20  # live bars of a deep series
 SHALLOW: Final = 16  # bars of a series without history
 REORDER: Final = 6.0  # places that a payload falls behind at most
+RUNNING: Final = -1  # the place of a bar that is no part of the series yet
+LEFT: Final = 1_200  # seconds that it must have left, which no run takes
 AMBIGUOUS: Final = 3 * 3_600  # so long after autumn's change a payload's newest bars are those of the second pass
 FIRST: Final = -1e9  # where the history stands in the order of delivery
 LAST: Final = 1e9
@@ -521,8 +523,8 @@ class _Hostile:
         live += self._corrections(span)
         if "sources" in self.kinds:
             live += self._second_terminal(span)
-        if "running" in self.kinds and self.series.mode == "plain" and MINUTES[self.series.timeframe] >= 15:
-            live += self._running(span)
+        if "running" in self.kinds and self.series.mode == "plain" and self.now is not None:
+            live += self._running(span, self.now)
         live += [self._late(run, span) for run in self._runs()]
         live += self._repeated(live)
         if "reorder" in self.kinds:
@@ -546,13 +548,15 @@ class _Hostile:
             out.append(replace(snapshot, moment=snapshot.moment + AMBIGUOUS + 3_600, bars=earlier, forming=None))
         return out
 
-    def _running(self, span: float) -> list[_Snapshot]:
-        """A bar that our clock alone tells to be forming."""
-        return [
-            _Snapshot(self.bars[-1].end, (), self.rng.uniform(0, span), "running", forming=(-1, self.bars[-1].truth))
-            for _ in range(self.rng.randrange(1, 3))
-            if self.now is not None
-        ]
+    def _running(self, span: float, now: int) -> list[_Snapshot]:
+        """A bar that our clock alone tells to be forming; none where it might be over before it is sent."""
+        step = MINUTES[self.series.timeframe] * 60
+        count = self.rng.randrange(1, 3)
+        if step - now % step < LEFT:
+            return []
+        forming = (RUNNING, self.bars[-1].truth)
+        places = [self.rng.uniform(0, span) for _ in range(count)]
+        return [_Snapshot(self.bars[-1].end, (), place, "running", forming=forming) for place in places]
 
     def _history(self) -> list[_Snapshot]:
         bars = tuple(i for i in range(self.series.history) if i not in self.held)
@@ -670,9 +674,9 @@ class _Hostile:
         unsaid: tuple[tuple[str, str, int], ...] = ()
         if snapshot.forming is not None:
             i, values = snapshot.forming
-            if i < 0 and self.now is not None:
+            if i == RUNNING and self.now is not None:
                 step = MINUTES[series.timeframe] * 60
-                rows.append(_candle((self.now // step + 1) * step, values, volume))
+                rows.append(_candle(self.now // step * step, values, volume))
             else:
                 rows.append(_candle(self._time(self.bars[i].ts, source, spell), values, volume))
                 if not clock or rng.random() < 0.3:
