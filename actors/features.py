@@ -430,8 +430,10 @@ class Features:
                 if not state.deferred:
                     continue
                 since = self._quiet_since.setdefault(subject, now)
-                if now - since >= self.ctx.settings.features.quiet_seconds:
-                    async with self._gate:
+                if now - since < self.ctx.settings.features.quiet_seconds:
+                    continue
+                async with self._gate:
+                    if state.deferred:  # nobody else has taken it in meanwhile
                         await self._publish_deferred(subject, state)
 
     async def _take_in(self, subject: str, state: SeriesState, blocks: list[CandleBlock], seq: int) -> Change:

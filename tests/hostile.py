@@ -7,7 +7,9 @@ snapshots in any order, several times, cut anew, in every shape. In ``clock`` se
 snapshot that holds a newer version waits until the older one was answered (:attr:`Post.after`): a sender who does not
 wait has no right answer to expect.
 
-The truth is the clean feed: every bar once, in order, with its final values.
+The truth is the clean feed: every bar once, in order, with its final values. ``timed`` series are replays that bring their
+own now: their labels mean something, and a bar is stale only if the payload that showed it first was late
+(:attr:`Post.now`).
 """
 
 from __future__ import annotations
@@ -34,19 +36,30 @@ Kind = Literal[
     "shapes",  # every accepted shape, time and volume spelling, trailing NUL
     "gzip",
     "sources",  # a second terminal with other values, and true ones where the first has none
+    "regret",  # the second terminal corrects what it filled
+    "unranked",  # no setting says which terminal owns: the first one does
     "clock",  # broker time with clock fields
     "dst",  # the feed crosses a change of daylight-saving time
+    "fields",  # and nothing but the clock fields tells of it
+    "nonstop",  # bars all through the change, the repeated hour's among them
+    "long",  # H4 and D1, which lie on the broker's grid and on none of UTC's
+    "multi",  # one payload of two series
+    "running",  # a bar that is not over by our clock, without a word of it
     "recut",  # a payload sent again as after a 503, cut at other places
 ]
 KINDS: Final[frozenset[Kind]] = frozenset(get_args(Kind))
 
-MINUTES: Final = {"M1": 1, "M5": 5, "M15": 15, "M30": 30, "H1": 60}
-SPELLINGS: Final = {"M1": "1m", "M5": "5m", "M15": "15m", "M30": "30m", "H1": "1h"}
+MINUTES: Final = {"M1": 1, "M5": 5, "M15": 15, "M30": 30, "H1": 60, "H4": 240, "D1": 1_440}
+SPELLINGS: Final = {"M1": "1m", "M5": "5m", "M15": "15m", "M30": "30m", "H1": "1h", "H4": "4h", "D1": "1d"}
+LONG: Final = ("H4", "D1")
 SYMBOLS: Final = ("EURUSD{}.m", "GBPUSD{}!", "@ES{}", "XAU USD {}", "US30{}#", "Öl {}", "50%>{}*")
 PREAMBLE: Final = 290  # bars of history before the live part of a deep series: rows are ready after 300
 DEEP: Final = 20  # live bars of a deep series
 SHALLOW: Final = 16  # bars of a series without history
 REORDER: Final = 6.0  # places that a payload falls behind at most
+RUNNING: Final = -1  # the place of a bar that is no part of the series yet
+LEFT: Final = 1_200  # seconds that it must have left, which no run takes
+AMBIGUOUS: Final = 3 * 3_600  # so long after autumn's change a payload's newest bars are those of the second pass
 FIRST: Final = -1e9  # where the history stands in the order of delivery
 LAST: Final = 1e9
 
@@ -92,10 +105,16 @@ class Series:
     timeframe: str
     bars: tuple[Bar, ...]
     history: int
-    mode: Literal["plain", "replay", "clock"]
+    mode: Literal["plain", "replay", "clock", "timed"]
     kinds: frozenset[Kind]
     owner: str
     other: str
+    change: int | None = None  # when its clock changes
+
+    @property
+    def clocked(self) -> bool:
+        """Its payloads say their moment, which orders versions."""
+        return self.mode in ("clock", "timed")
 
     @property
     def key(self) -> tuple[str, str]:
@@ -110,6 +129,11 @@ class Post:
     headers: Mapping[str, str]
     after: tuple[int, ...] = ()
     note: str = ""
+    shows: tuple[tuple[str, str, int], ...] = ()  # (symbol, timeframe, open time) of its closed bars that make signals
+    perhaps: tuple[tuple[str, str, int], ...] = ()  # a forming bar without a word of it: a later bar closes it too soon
+    now: int | None = None  # by which their age is judged; None: by the receipt, or at each bar's own end
+    rows: tuple[dict[str, Any], ...] = ()  # and what stands beside them, for a payload of several series
+    beside: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +148,11 @@ class Feed:
     @property
     def symbols(self) -> dict[str, Symbol]:
         """The settings that the feed needs: whose word counts where two terminals send one symbol."""
-        return {s.symbol: Symbol(priority=(s.owner, s.other)) for s in self.series if "sources" in s.kinds}
+        return {
+            s.symbol: Symbol(priority=(s.owner, s.other))
+            for s in self.series
+            if "sources" in s.kinds and "unranked" not in s.kinds
+        }
 
     @property
     def clocks(self) -> dict[str, str]:
@@ -132,24 +160,28 @@ class Feed:
         return {
             name: _rule(name)
             for s in self.series
-            if s.mode == "clock"
-            for name in (s.owner, s.other)
-            if "dst" in s.kinds
+            if s.clocked
+            for name in (s.owner, s.other, _clean_source(s))
+            if ("dst" in s.kinds and not ("fields" in s.kinds and name == s.owner)) or name == _clean_source(s)
         }
 
 
-def make(seed: int, kinds: Collection[Kind] = KINDS) -> Feed:
-    """The feeds of one seed: a deep M1 series with history and a shallow one, with only these kinds of hostility."""
+def make(seed: int, kinds: Collection[Kind] = KINDS, now: int | None = None) -> Feed:
+    """The feeds of one seed: a deep M1 series with history and a shallow one, with only these kinds of hostility.
+
+    ``now`` is our clock's; without it there is no bar that is running.
+    """
     rng = random.Random(seed)
-    series = (
-        _series(rng, f"{seed}x0", "M1", PREAMBLE, DEEP, kinds),
-        _series(rng, f"{seed}x1", rng.choice(sorted(MINUTES)), 0, SHALLOW, kinds),
-    )
+    deep = _series(rng, f"{seed}x0", "M1", PREAMBLE, DEEP, kinds)
+    frames = sorted(frame for frame in MINUTES if "long" in kinds or frame not in LONG)
+    alike = deep.mode if "multi" in kinds and deep.mode in ("plain", "replay") and rng.random() < 0.5 else None
+    series = (deep, _series(rng, f"{seed}x1", rng.choice(frames), 0, SHALLOW, kinds, alike))
+    hostile = _interleaved(rng, [_Hostile(rng, one, now).posts() for one in series])
     return Feed(
         seed,
         series,
         tuple(_interleaved(rng, [_clean(one) for one in series])),
-        tuple(_interleaved(rng, [_Hostile(rng, one).posts() for one in series])),
+        tuple(_joined(rng, hostile) if "multi" in kinds else hostile),
     )
 
 
@@ -168,24 +200,84 @@ def _interleaved(rng: random.Random, streams: Sequence[Sequence[Post]]) -> list[
     for n in turns:
         post = streams[n][len(places[n])]
         places[n].append(len(out))
-        out.append(Post(post.body, post.headers, tuple(places[n][i] for i in post.after), post.note))
+        out.append(replace(post, after=tuple(places[n][i] for i in post.after)))
+    return out
+
+
+def _joined(rng: random.Random, posts: Sequence[Post]) -> list[Post]:
+    """Some neighbours of different series, with the same beside them, as one payload."""
+    out: list[Post] = []
+    places: dict[int, int] = {}
+    for at, post in enumerate(posts):
+        post = replace(post, after=tuple(sorted({places[i] for i in post.after})))
+        last = out[-1] if out else None
+        if (
+            last is not None
+            and post.beside is not None
+            and last.beside == post.beside
+            and post.now is None
+            and len(out) - 1 not in post.after
+            and {row["symbol"] for row in last.rows} != {row["symbol"] for row in post.rows}
+            and rng.random() < 0.5
+        ):
+            rows = list(last.rows + post.rows)
+            body = json.dumps(post.beside | {"items": rows} if post.beside else rows).encode()
+            out[-1] = Post(
+                body,
+                {"Content-Type": "application/json"},
+                tuple(sorted({*last.after, *post.after})),
+                f"{last.note}, and {post.note}",
+                last.shows + post.shows,
+                rows=tuple(rows),
+            )
+        else:
+            out.append(post)
+        places[at] = len(out) - 1
     return out
 
 
 # --- the truth ---------------------------------------------------------------------------------------------------
 
 
-def _series(rng: random.Random, name: str, timeframe: str, history: int, live: int, kinds: Collection[Kind]) -> Series:
-    mode = rng.choice(("plain", "replay", "clock", "clock") if "clock" in kinds else ("plain", "replay"))
-    chosen = {kind for kind in sorted(kinds) if rng.random() < 0.8 or len(kinds) < 4}
-    if mode != "clock":
+def _series(
+    rng: random.Random,
+    name: str,
+    timeframe: str,
+    history: int,
+    live: int,
+    kinds: Collection[Kind],
+    alike: str | None = None,
+) -> Series:
+    clocked = ("clock", "clock", "timed", "timed") if "clock" in kinds else ()
+    mode = alike or rng.choice(("plain", "replay", *clocked))
+    chosen = {kind for kind in sorted(kinds) if rng.random() < 0.8 or len(kinds) < 5}
+    if mode not in clocked:
         chosen -= {"taken_back", "dst"}  # without a clock a bar's return to former values is no news
-    if mode == "replay":
+    if mode in ("replay", "timed"):
         chosen -= {"sources"}  # a replay owns nothing
+    if alike is not None and rng.random() < 0.7:
+        chosen -= {"sources"}  # what stands beside the rows must be alike as well
+    if timeframe in LONG:
+        chosen -= {"nonstop"}
     change = "dst" in chosen
-    zone = rng.choice(ZONES if change else ZONES[:3]) if mode == "clock" else 0
-    times = _times(rng, timeframe, history + live, zone if isinstance(zone, str) else None)
+    if not change or (len(kinds) >= 5 and rng.random() < 0.5):
+        chosen -= {"fields"}
+    if not change or MINUTES[timeframe] > 5 or (len(kinds) >= 5 and rng.random() < 0.3):
+        chosen -= {"nonstop"}
+    zone = rng.choice(ZONES[3:] if chosen & {"fields", "nonstop"} else ZONES if change else ZONES[:3])
+    if mode not in clocked:
+        zone = 0
+    moment = rng.choice(_SUMMER[zone]) if isinstance(zone, str) else None
     step = MINUTES[timeframe] * 60
+    owner = f"Alpha {zone}{' ' + name if 'fields' in chosen else ''}"
+    # Brokers' long bars differ with their clocks: the second terminal is of the same broker then.
+    beta = zone if timeframe in LONG else rng.choice(ZONES[:3]) if mode in clocked else 0
+    if timeframe in LONG:
+        times = _long_times(rng, timeframe, history + live, owner, moment)
+    elif "nonstop" in chosen and moment is not None:
+        times = _nonstop_times(rng, step, history + live, int(moment.timestamp()))
+    else:
+        times = _times(rng, timeframe, history + live, moment)
     price = rng.choice((1.1, 0.65, 151.2, 2_350.0))
     bars = []
     for i, ts in enumerate(times):
@@ -201,8 +293,9 @@ def _series(rng: random.Random, name: str, timeframe: str, history: int, live: i
         history=history,
         mode=mode,  # type: ignore[arg-type]
         kinds=frozenset(chosen),
-        owner=f"Alpha {zone}",
-        other=f"Beta {rng.choice(ZONES[:3]) if mode == 'clock' else 0}{' fixed' if change else ''}",
+        owner=owner,
+        other=f"Beta {beta}{' fixed' if change else ''}",
+        change=int(moment.timestamp()) if moment is not None else None,
     )
 
 
@@ -226,11 +319,11 @@ def _offset(source: str, moment: int) -> int:
     return (_WINTER + (begins <= moment < ends)) * 3_600
 
 
-def _times(rng: random.Random, timeframe: str, count: int, family: str | None) -> list[int]:
-    """Open times with daily breaks, lost bars and a weekend, in which the clock of ``family`` changes."""
+def _times(rng: random.Random, timeframe: str, count: int, change: datetime | None) -> list[int]:
+    """Open times with daily breaks, lost bars and a weekend, in which the clock may change."""
     step = MINUTES[timeframe] * 60
-    if family is not None:
-        sunday = rng.choice(_SUMMER[family]).replace(hour=0)
+    if change is not None:
+        sunday = change.replace(hour=0)
     else:
         sunday = datetime(2025, 1, 5, tzinfo=UTC) + timedelta(weeks=rng.randrange(30))
     closing, opening = (int((sunday + timedelta(hours=hours)).timestamp()) for hours in (-26, 22))
@@ -239,6 +332,29 @@ def _times(rng: random.Random, timeframe: str, count: int, family: str | None) -
     before = (ts for ts in range(closing - step, 0, -step) if ts // 3_600 % 24 != 4 and rng.random() >= lost)
     after = (ts for ts in range(opening, opening + count * 10 * step, step) if rng.random() >= lost)
     return [*reversed(list(islice(before, count - behind))), *islice(after, behind)]
+
+
+def _nonstop_times(rng: random.Random, step: int, count: int, change: int) -> list[int]:
+    """Open times of a market that never closes, on either side of a change of its clock."""
+    lost = rng.choice((0.0, 0.01, 0.05))
+    behind = rng.randrange(2, SHALLOW)
+    before = (ts for ts in range(change - step, 0, -step) if rng.random() >= lost)
+    after = (ts for ts in range(change, change + count * 10 * step, step) if rng.random() >= lost)
+    return [*reversed(list(islice(before, count - behind))), *islice(after, behind)]
+
+
+def _long_times(rng: random.Random, timeframe: str, count: int, source: str, change: datetime | None) -> list[int]:
+    """Open times of bars on the grid of a source's own days, Monday to Friday."""
+    step = MINUTES[timeframe] * 60
+    day = (change or datetime(2025, 1, 5, tzinfo=UTC) + timedelta(weeks=rng.randrange(30))).replace(hour=0)
+    days_before = rng.randrange(3, 9) if timeframe == "H4" else rng.randrange(10, 20)
+    shown = int((day - timedelta(days=days_before)).timestamp())
+    out: list[int] = []
+    while len(out) < count:
+        if datetime.fromtimestamp(shown, UTC).weekday() < 5 and rng.random() > 0.05:
+            out.append(shown - _offset(source, shown - 7_200))
+        shown += step
+    return out
 
 
 def _around(rng: random.Random, opened: float, close: float) -> Values:
@@ -277,10 +393,20 @@ def _clean(series: Series) -> list[Post]:
         if not bars:
             continue
         payload: dict[str, Any] = {"symbol": series.symbol, "timeframe": series.timeframe, "history": history}
-        payload["replay"] = series.mode == "replay"
-        payload["candles"] = [_candle(bar.ts, bar.truth) for bar in bars]
+        payload["replay"] = series.mode in ("replay", "timed")
+        # UTC says nothing of a broker's days: their bars come in its time, converted by the rule of a source of its own.
+        shift = series.timeframe in LONG and series.clocked
+        if shift:
+            payload["source"] = _clean_source(series)
+        payload["candles"] = [
+            _candle(bar.ts + (_offset(series.owner, bar.ts) if shift else 0), bar.truth) for bar in bars
+        ]
         out.append(Post(json.dumps(payload).encode(), {}, tuple(range(len(out))), "clean"))
     return out
+
+
+def _clean_source(series: Series) -> str:
+    return f"Clean {_zone(series.owner)}"
 
 
 def _candle(time: int | str, values: Values, volume: str = "volume") -> dict[str, Any]:
@@ -313,16 +439,18 @@ class _Snapshot:
     own: bool = True  # of the terminal that owns the series
     history: bool = False
     forming: tuple[int, Values] | None = None
+    regret: bool = False  # the second terminal's other values for what it filled
 
 
 class _Hostile:
     """Makes one series' hostile posts."""
 
-    def __init__(self, rng: random.Random, series: Series) -> None:
+    def __init__(self, rng: random.Random, series: Series, now: int | None) -> None:
         self.rng = rng
         self.series = series
         self.bars = series.bars
         self.kinds = series.kinds
+        self.now = now
         self.live = range(series.history, len(series.bars))
         self.held = self._held_back()
         self.foreign = self._foreign() - self.held
@@ -333,25 +461,44 @@ class _Hostile:
         """Every delivery, in an order in which each comes after what it has to follow."""
         waiting = sorted(self._snapshots(), key=lambda snapshot: snapshot.place)
         shown = {version for snapshot in waiting for version in self._versions(snapshot)}
-        first: dict[tuple[int, int], int] = {}  # (bar, version): the post that shows it first
+        first: dict[Any, int] = {}  # what a post shows first: (bar, version), or what _shows names
+        before = {id(snapshot): self._before(snapshot, shown) for snapshot in waiting}
         out: list[Post] = []
         while waiting:
-            snapshot = next(s for s in waiting if self._before(s, shown) <= first.keys())
+            snapshot = next(s for s in waiting if before[id(s)] <= first.keys())
             waiting.remove(snapshot)
-            after = sorted({first[version] for version in self._before(snapshot, shown)})
-            for version in self._versions(snapshot):
-                first.setdefault(version, len(out))
+            after = sorted({first[version] for version in before[id(snapshot)]})
+            for what in (*self._versions(snapshot), *self._shows(snapshot)):
+                first.setdefault(what, len(out))
             out.append(self._post(snapshot, tuple(after)))
         return out
 
     def _versions(self, snapshot: _Snapshot) -> list[tuple[int, int]]:
         return [(i, self.bars[i].version(snapshot.moment)) for i in snapshot.bars] if snapshot.own else []
 
-    def _before(self, snapshot: _Snapshot, shown: Collection[tuple[int, int]]) -> set[tuple[int, int]]:
-        """The older versions of what a snapshot shows: without a clock only the log orders them."""
-        if self.series.mode == "clock":
-            return set()
-        return {(i, n) for i, version in self._versions(snapshot) for n in range(version)} & set(shown)
+    def _shows(self, snapshot: _Snapshot) -> list[Any]:
+        """What else others may have to follow: the owner's first live word, a fill, the clock before its change."""
+        if snapshot.own:
+            owns = [] if snapshot.history or not snapshot.bars else ["owner"]
+            return [*owns, "summer"] if self._is_before_change(snapshot.moment) else owns
+        return [] if snapshot.regret else [("fill", i) for i in snapshot.bars]
+
+    def _before(self, snapshot: _Snapshot, shown: Collection[tuple[int, int]]) -> set[Any]:
+        """What a snapshot must follow: without a clock the older versions, since only the log orders them."""
+        out: set[Any] = set()
+        if not self.series.clocked:
+            out |= {(i, n) for i, version in self._versions(snapshot) for n in range(version)} & set(shown)
+        if not snapshot.own and ("unranked" in self.kinds or snapshot.regret):
+            out.add("owner")
+        if snapshot.regret:
+            out |= {("fill", i) for i in snapshot.bars}
+        if "fields" in self.kinds and snapshot.own and not self._is_before_change(snapshot.moment):
+            # From after the change alone nobody can tell what the clock had shown before.
+            out |= {"summer" for i in snapshot.bars if self._is_before_change(self.bars[i].ts)}
+        return out
+
+    def _is_before_change(self, moment: int) -> bool:
+        return self.series.change is not None and moment < self.series.change
 
     # --- what the terminals show -----------------------------------------------------------------------------------
 
@@ -376,11 +523,40 @@ class _Hostile:
         live += self._corrections(span)
         if "sources" in self.kinds:
             live += self._second_terminal(span)
+        if "running" in self.kinds and self.series.mode == "plain" and self.now is not None:
+            live += self._running(span, self.now)
         live += [self._late(run, span) for run in self._runs()]
         live += self._repeated(live)
         if "reorder" in self.kinds:
             live = [replace(s, place=s.place + self.rng.uniform(0, REORDER)) for s in live]
-        return self._history() + live + self._last_word(live)
+        told = [part for one in self._history() + live for part in self._unambiguous(one)]
+        told += self._last_word(told)
+        if "fields" in self.kinds and not any(one.own and self._is_before_change(one.moment) for one in told):
+            bar = self.bars[0]
+            told.append(_Snapshot(bar.ts, (), FIRST, "before the change", forming=(0, self._partial(bar, bar.ts))))
+        return told
+
+    def _unambiguous(self, snapshot: _Snapshot) -> list[_Snapshot]:
+        """For a while after its clock was set back, a terminal cannot show bars of before: they are told hours later."""
+        change = self.series.change
+        if "nonstop" not in self.kinds or change is None or not change <= snapshot.moment < change + AMBIGUOUS:
+            return [snapshot]
+        earlier = tuple(i for i in snapshot.bars if self.bars[i].ts < change)
+        later = tuple(i for i in snapshot.bars if i not in earlier)
+        out = [replace(snapshot, bars=later)] if later or snapshot.forming is not None else []
+        if earlier:
+            out.append(replace(snapshot, moment=snapshot.moment + AMBIGUOUS + 3_600, bars=earlier, forming=None))
+        return out
+
+    def _running(self, span: float, now: int) -> list[_Snapshot]:
+        """A bar that our clock alone tells to be forming; none where it might be over before it is sent."""
+        step = MINUTES[self.series.timeframe] * 60
+        count = self.rng.randrange(1, 3)
+        if step - now % step < LEFT:
+            return []
+        forming = (RUNNING, self.bars[-1].truth)
+        places = [self.rng.uniform(0, span) for _ in range(count)]
+        return [_Snapshot(self.bars[-1].end, (), place, "running", forming=forming) for place in places]
 
     def _history(self) -> list[_Snapshot]:
         bars = tuple(i for i in range(self.series.history) if i not in self.held)
@@ -432,6 +608,10 @@ class _Hostile:
             bars = tuple(range(start, min(start + 6, len(self.bars))))
             moment = self.bars[bars[-1]].end + self.rng.randrange(9)
             out.append(_Snapshot(moment, bars, self._place(moment, span) + self.rng.uniform(-4, 4), "other", own=False))
+        if "regret" in self.kinds:
+            for i in sorted(self.foreign):
+                moment = self.bars[i].end + self.rng.randrange(9, 3_600)
+                out.append(_Snapshot(moment, (i,), self._place(moment, span), "regret", own=False, regret=True))
         return out
 
     def _place(self, moment: int, span: float) -> float:
@@ -481,29 +661,39 @@ class _Hostile:
         volume = rng.choice(("volume", "tick_volume")) if varied else "volume"
         spell = rng.choice((_seconds, _milliseconds, _text)) if varied else _seconds
         source = series.owner if snapshot.own else series.other
-        clock = series.mode == "clock"
+        clock = series.clocked
         rows = []
         for i in snapshot.bars:
             bar = self.bars[i]
             values = bar.versions[bar.version(snapshot.moment)][1] if snapshot.own else self.beside[i]
+            if snapshot.regret:
+                values = _wrong(rng, values)
             rows.append(_candle(self._time(bar.ts, source, spell), values, volume))
-            if "forming" in self.kinds and not clock:
+            if self.kinds & {"forming", "running"} and not clock:
                 rows[-1]["closed"] = True  # such a sender closes a bar only by its word, a later bar or its clock
+        unsaid: tuple[tuple[str, str, int], ...] = ()
         if snapshot.forming is not None:
             i, values = snapshot.forming
-            rows.append(_candle(self._time(self.bars[i].ts, source, spell), values, volume))
-            if not clock or rng.random() < 0.3:
-                rows[-1]["closed"] = False
+            if i == RUNNING and self.now is not None:
+                step = MINUTES[series.timeframe] * 60
+                rows.append(_candle(self.now // step * step, values, volume))
+            else:
+                rows.append(_candle(self._time(self.bars[i].ts, source, spell), values, volume))
+                if not clock or rng.random() < 0.3:
+                    rows[-1]["closed"] = False
+                else:
+                    unsaid = ((*series.key, self.bars[i].ts),)
         if varied and rng.random() < 0.2:
             rng.shuffle(rows)
         beside: dict[str, Any] = {"source": source} if clock or "sources" in self.kinds else {}
         if clock:
             # The two clocks are not read in the same instant; one of a terminal that lags is up to minutes behind.
             beside["server_time"] = snapshot.moment + _offset(source, snapshot.moment)
-            beside["gmt_time"] = snapshot.moment + rng.randrange(-2, 3)
+            # A replay is judged by it to the second.
+            beside["gmt_time"] = snapshot.moment + (rng.randrange(-2, 3) if series.mode == "clock" else 0)
         if snapshot.history:
             beside["history"] = True
-        if series.mode == "replay":
+        if series.mode in ("replay", "timed"):
             beside["replay"] = True
         body = json.dumps(self._shape(rows, beside, varied), ensure_ascii=rng.random() < 0.5).encode()
         headers = {"Content-Type": "application/json"}
@@ -511,10 +701,20 @@ class _Hostile:
             body += b"\0"
         if "gzip" in self.kinds and rng.random() < 0.3:
             body, headers["Content-Encoding"] = gzip.compress(body, 1), "gzip"
-        return Post(body, headers, after, f"{snapshot.note} at {snapshot.moment}")
+        return Post(
+            body,
+            headers,
+            after,
+            f"{snapshot.note} at {snapshot.moment}",
+            () if snapshot.history else tuple((*series.key, self.bars[i].ts) for i in snapshot.bars),
+            unsaid,
+            snapshot.moment if series.mode == "timed" else None,
+            tuple({"symbol": series.symbol, "timeframe": series.timeframe} | row for row in rows),
+            beside,
+        )
 
     def _time(self, ts: int, source: str, spell: Callable[[int], int | str]) -> int | str:
-        return spell(ts + _offset(source, ts) if self.series.mode == "clock" else ts)
+        return spell(ts + _offset(source, ts) if self.series.clocked else ts)
 
     def _shape(self, rows: list[dict[str, Any]], beside: dict[str, Any], varied: bool) -> Any:
         timeframe = self.series.timeframe

@@ -112,3 +112,43 @@ async def test_two_years_in_broker_time_are_the_bars_of_a_clean_feed(
             await connection.close()
     assert {(r["timeframe"], r["ts"]) for r in stored} == expected
     assert [tuple(r) for r in points] == [("EURUSD", 1e-05)]
+
+
+@pytest.mark.xfail(reason="the gateway does not send server_utc yet, and orders versions by server_time")
+async def test_a_correction_in_autumns_repeated_hour_counts(bus: Bus, nats_url: str, pg_url: str) -> None:
+    """Server time runs from 03:00 to 04:00 twice: the later of two payloads bears the earlier time."""
+    change = datetime(2024, 10, 27, 1, tzinfo=UTC)
+    opened = change - timedelta(minutes=90)
+    port = free_port()
+    candle = {"open": 1.1, "high": 1.2, "low": 1.0, "volume": 1}
+
+    def payload(sent: datetime, close: float) -> dict[str, Any]:
+        def server(utc: datetime) -> int:
+            return int(utc.astimezone(ZoneInfo("Europe/Athens")).replace(tzinfo=UTC).timestamp())
+
+        clock = {"source": "Broker", "server_time": server(sent), "gmt_time": int(sent.timestamp()), "replay": True}
+        bar = candle | {"time": server(opened), "close": close}
+        return clock | {"symbol": "BTCUSD", "timeframe": "M1", "candles": [bar]}
+
+    async with (
+        running(
+            Collector,
+            Features,
+            Recorder,
+            nats_url=nats_url,
+            database_url=pg_url,
+            settings=Settings(gateway=Gateway(port=port)),
+        ),
+        aiohttp.ClientSession() as http,
+    ):
+        for sent, close in ((change - timedelta(minutes=5), 1.11), (change + timedelta(minutes=10), 1.12)):
+            async with http.post(f"http://127.0.0.1:{port}/ingest", json=payload(sent, close)) as response:
+                answer = await response.json()
+            assert (response.status, answer["accepted"]) == (200, 1)
+        connection = await asyncpg.connect(pg_url)
+        try:
+            async with asyncio.timeout(10):
+                while await connection.fetch("SELECT ts, close, revision FROM market_data") != [(opened, 1.12, 1)]:
+                    pass
+        finally:
+            await connection.close()
