@@ -15,6 +15,7 @@ import itertools
 import secrets
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Final
 
 import msgspec
@@ -57,6 +58,7 @@ class Writer:
         self._stream = stream
         self._end = end
         self._last: dict[str, int] = {}  # subject → sequence of its last message; a dozen bytes a series
+        self._open: dict[str, set[str]] = {}  # subject → ids that were sent and not acknowledged: stored or not
         self._name = secrets.token_hex(4)
         self._numbers = itertools.count(1)
 
@@ -74,24 +76,21 @@ class Writer:
     async def _insist(self, chunk: Sequence[Outgoing], deadline: float) -> None:
         left = list(chunk)
         pause = RETRY_FIRST
-        unsure = False  # an answer is missing or was a refusal: what stands in the stream decides
+        unsure = single = False  # an answer is missing or was a refusal: what stands in the stream decides
         while left:
             try:
                 if unsure:
                     left, unsure = await self._settle(left), False
                     continue
                 await self._learn({m.subject for m in left})
-                if len(left) < ATOMIC_FROM:
-                    await self._one(left[0])
-                    del left[0]
+                if single or len(left) < ATOMIC_FROM:
+                    left[:1] = await self._one(left[0])
                 else:
                     await self._batch(left)
                     left = []
                 pause = RETRY_FIRST
-            except _Unsure as doubt:
-                unsure = True
-                if not doubt.at_once:
-                    log.warning("publish is tried again", action="writer.retry", stream=self._stream, error=str(doubt))
+            except _KnownId:
+                unsure = single = True  # one of them is stored already, or was: each is asked for by itself
             except BusUnavailable as error:
                 unsure = True
                 if time.monotonic() > deadline:
@@ -134,6 +133,8 @@ class Writer:
             seq, msg_id = await self._tail(subject)
             if msg_id in waiting:
                 stored.update(waiting[: waiting.index(msg_id) + 1])
+            elif msg_id in self._open.get(subject, ()):
+                pass  # ours: a publish that was cancelled after it had been sent
             elif seq and subject in self._last and seq != self._last[subject]:
                 raise Superseded(
                     f"{subject} ends with {msg_id or 'a message'} at {seq}, not at {self._last[subject]}: another process "
@@ -141,30 +142,53 @@ class Writer:
                 )
             elif seq > self._end and subject not in self._last:
                 raise Superseded(f"{subject} was written by another process (at {seq}).")
-            self._last[subject] = seq  # 0: everything of it is expired
+            self._stands_at(subject, seq)  # 0: everything of it is expired
         left = [message for message in messages if message.msg_id not in stored]
         if left != messages[len(messages) - len(left) :]:
             raise Superseded(f"{self._stream} holds later messages without earlier ones: another process writes it.")
         return left
 
+    def _stands_at(self, subject: str, seq: int) -> None:
+        self._last[subject] = seq
+        self._open.pop(subject, None)
+
     # --- the two ways ----------------------------------------------------------------------------------------------
 
-    async def _one(self, message: Outgoing) -> None:
+    async def _one(self, message: Outgoing) -> list[Outgoing]:
+        """Sends one message; returns what is left of it to send."""
+        self._open.setdefault(message.subject, set()).add(message.msg_id)
         try:
             ack = await self._bus.store(message, subject_at=self._last[message.subject])
         except APIError as error:
             if error.err_code in WRONG_LAST:
-                raise _Unsure(f"{message.subject}: {error.description}") from error
+                raise BusUnavailable(f"{message.subject}: {error.description}.") from error
             raise
-        if ack.duplicate:
-            # The server knows the id from before; whether it is the last message is for the stream to say.
-            raise _Unsure(f"{message.subject} holds {message.msg_id} already", at_once=True)
-        self._last[message.subject] = int(ack.seq)
+        if not ack.duplicate:
+            self._stands_at(message.subject, int(ack.seq))
+            return []
+        # The server knows the id. Where the message still stands it is stored; where the stream lost it, it goes out under
+        # another id, which its condition allows: ids are for those who have no condition.
+        if await self._stands(int(ack.seq), message.msg_id):
+            return []
+        return [replace(message, msg_id=f"{message.msg_id}:{self._name}")]
+
+    async def _stands(self, seq: int, msg_id: str) -> bool:
+        try:
+            raw = await self._bus.js.get_msg(self._stream, seq)
+        except NotFoundError as error:
+            if error.err_code == NO_MESSAGE:
+                return False
+            raise BusUnavailable(f"NATS does not know {self._stream} now: {error.description}.") from error
+        except (NatsError, APIError, TimeoutError, OSError) as error:
+            raise BusUnavailable(f"NATS does not say what stands at {seq} ({type(error).__name__}).") from error
+        return bool((raw.headers or {}).get(Header.MSG_ID.value, "") == msg_id)
 
     async def _batch(self, messages: Sequence[Outgoing]) -> None:
         if not self._bus.connected:
             raise BusUnavailable("NATS is not connected.")
         batch = f"{self._name}-{next(self._numbers)}"
+        for subject, msg_id in {m.subject: m.msg_id for m in messages}.items():  # of each subject the last
+            self._open.setdefault(subject, set()).add(msg_id)
         met: set[str] = set()
         try:
             for number, message in enumerate(messages, start=1):
@@ -182,25 +206,21 @@ class Writer:
         answer = _ANSWER.decode(reply.data) if reply.data else _Answer()
         if answer.error is not None:
             code = answer.error.err_code
-            if code in WRONG_LAST or code == CONTAINS_DUPLICATE:
-                raise _Unsure(answer.error.description, at_once=code == CONTAINS_DUPLICATE)
+            if code == CONTAINS_DUPLICATE:
+                raise _KnownId
             refusal = APIError(code=answer.error.code, err_code=code, description=answer.error.description)
-            if code in NO_BATCH_NOW or passing(refusal):
+            if code in WRONG_LAST or code in NO_BATCH_NOW or passing(refusal):
                 raise BusUnavailable(f"NATS refused a batch: {answer.error.description}.")
             raise refusal
         if answer.count != len(messages):
-            raise _Unsure(f"a batch of {len(messages)} was acknowledged as {answer.count}")
+            raise BusUnavailable(f"a batch of {len(messages)} was acknowledged as {answer.count}.")
         first = answer.seq - len(messages) + 1
         for seq, message in enumerate(messages, start=first):
-            self._last[message.subject] = seq
+            self._stands_at(message.subject, seq)
 
 
-class _Unsure(Exception):
-    """What is stored is not known, or not what was expected."""
-
-    def __init__(self, text: str, *, at_once: bool = False) -> None:
-        super().__init__(text)
-        self.at_once = at_once  # happens in a normal retry: nothing worth a warning
+class _KnownId(Exception):
+    """The server knows the id of a message of the batch."""
 
 
 class _Refusal(msgspec.Struct):

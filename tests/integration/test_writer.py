@@ -134,6 +134,35 @@ async def test_a_killed_server_costs_nothing(bus: Bus, nats: NatsServer) -> None
     assert await stored(bus) == wanted
 
 
+@pytest.mark.parametrize("count", [1, MANY])
+async def test_a_publish_that_was_cancelled_leaves_its_writer_whole(bus: Bus, count: int) -> None:
+    """Stopped between the sending and the acknowledgement: what it stored is its own, not another process's."""
+    out = await writer(bus)
+    await out.publish(messages(0))
+    for round_ in range(1, 20):
+        task = asyncio.create_task(out.publish(messages(*range(1_000 * round_, 1_000 * round_ + count))))
+        for _ in range(round_):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await out.publish(messages(round_))
+    found = await stored(bus)
+    assert [n for n in found if n < 1_000] == list(range(20))
+    assert len(found) == len(set(found))
+
+
+@pytest.mark.parametrize("count", [1, MANY])
+async def test_what_the_stream_lost_is_stored_again_although_its_id_is_known(bus: Bus, count: int) -> None:
+    await (await writer(bus)).publish(messages(*range(count), subjects=2))
+    for seq in range(1, count + 1):
+        await bus.js.delete_msg(STREAM, seq)
+    async with asyncio.timeout(20):
+        await (await writer(bus)).publish(messages(*range(count + 1), subjects=2))
+    state = (await bus.js.stream_info(STREAM)).state
+    data = [int((await bus.js.get_msg(STREAM, seq)).data or b"") for seq in range(state.first_seq, state.last_seq + 1)]
+    assert data == list(range(count + 1))
+
+
 async def last_seq(bus: Bus) -> int:
     with contextlib.suppress(
         NatsError, TimeoutError
