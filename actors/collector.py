@@ -295,8 +295,9 @@ class Collector:
             await self.bus.store_all(messages, lambda: self._heard(limit))
         if messages and self._queued:
             self._heard(limit)
+        sent_at = conversion.sent_at(payload.server_time)
         for key, rows in told:
-            self.series[key].remember(rows, payload.origin, payload.server_time)
+            self.series[key].remember(rows, payload.origin, sent_at)
         for bar in judged.forming:
             await self.bus.emit(
                 FORMING,
@@ -348,7 +349,8 @@ class Collector:
         except (NatsError, TimeoutError) as error:
             raise BusUnavailable(f"NATS did not say what it holds of {symbol} ({type(error).__name__}).") from error
         block = CANDLES.decode(raw.data or b"")
-        known.remember(block.rows, block.source or (REPLAYED if block.replay else ANONYMOUS), block.server_time)
+        sent_at = block.server_utc if block.server_utc is not None else block.server_time
+        known.remember(block.rows, block.source or (REPLAYED if block.replay else ANONYMOUS), sent_at)
         return known
 
     async def _closes_before(self, bars: Sequence[tuple[Key, int]]) -> dict[tuple[Key, int], Close]:
@@ -467,6 +469,7 @@ def _blocks(
                 server_time=payload.server_time,
                 ts_source=ts_source,
                 point=point,
+                server_utc=conversion.sent_at(payload.server_time),
             ),
             timeframe,
             symbol,

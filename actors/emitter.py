@@ -22,7 +22,7 @@ from nats.js.errors import APIError, BadObjectMetaError, DigestMismatchError, No
 
 from actors.core.hashing import signal_id
 from actors.core.manifest import MANIFEST_FILE, ONNX_FILE, Manifest
-from actors.core.serving import ModelRefused, ServedModel, build_signal, decide, expires_at, judged_at
+from actors.core.serving import ModelRefused, ServedModel, build_signal, decide, expires_at, judged_at, makes_signal
 from actors.core.timeframe import end_time
 from bus.client import BusUnavailable, Outgoing, outgoing
 from bus.consume import Delivery, Done, Outcome, Reader, StreamReplaced, consume, find, last_message
@@ -355,7 +355,7 @@ class Emitter:
         headers = trace_headers(delivery.headers)
         out: list[Outgoing] = []
         for row in block.rows:
-            if not row.live:
+            if not makes_signal(row):
                 continue
             signal = self._signal(block, row, activation, now)
             if signal.supersedes == signal.id:

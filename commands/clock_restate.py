@@ -279,6 +279,7 @@ def _block(
         history=True,
         source=source or None,
         server_time=server_time,
+        server_utc=int(now.timestamp()),
         ts_source=kinds[0] if kinds else "utc",
         withdrawn=withdrawn,
     )

@@ -279,6 +279,12 @@ class Conversion:
             return server - self._offset
         return self._find(server, timeframe)
 
+    def sent_at(self, server_time: int | None) -> int | None:
+        """A payload's ``server_time`` in UTC; by both its clock fields where it has them, so that autumn repeats nothing."""
+        if server_time is None or self._now is not None:
+            return self._now
+        return self.to_utc(server_time)
+
     def ts_source_of(self, utc: int) -> TsSource:
         """How the bar that opens at ``utc`` was converted."""
         return "utc" if self._clock is None else self._clock.kind_at(utc)

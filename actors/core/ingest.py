@@ -574,9 +574,10 @@ def judge(
             continue
         groups.setdefault((bar.symbol, bar.timeframe), []).append(bar)
     clock = _clock(payload, now, conversion)
+    sent_at = conversion.sent_at(payload.server_time)
     for key, bars in groups.items():
         bars.sort(key=lambda bar: bar.ts)
-        _judge_series(key, bars, payload, clock, series.get(key) or Series(), bases, out)
+        _judge_series(key, bars, payload, sent_at, clock, series.get(key) or Series(), bases, out)
     out.rejected.sort()
     return out
 
@@ -608,6 +609,7 @@ def _judge_series(
     key: tuple[str, str],
     bars: list[Bar],
     payload: Payload,
+    sent_at: int | None,
     clock: _Clock,
     known: Series,
     bases: Mapping[tuple[tuple[str, str], int], Close],
@@ -634,7 +636,7 @@ def _judge_series(
     for bar in closed:
         mark = digest(bar.candle)
         seen = fingerprints.setdefault(bar.ts, set())
-        effect = "new" if seen else known.effect(bar.ts, source, mark, payload.server_time)
+        effect = "new" if seen else known.effect(bar.ts, source, mark, sent_at)
         if mark in seen or effect != "new":
             out.duplicates += 1
             previous = Close(bar.ts, bar.candle.close)

@@ -114,7 +114,6 @@ async def test_two_years_in_broker_time_are_the_bars_of_a_clean_feed(
     assert [tuple(r) for r in points] == [("EURUSD", 1e-05)]
 
 
-@pytest.mark.xfail(reason="the gateway does not send server_utc yet, and orders versions by server_time")
 async def test_a_correction_in_autumns_repeated_hour_counts(bus: Bus, nats_url: str, pg_url: str) -> None:
     """Server time runs from 03:00 to 04:00 twice: the later of two payloads bears the earlier time."""
     change = datetime(2024, 10, 27, 1, tzinfo=UTC)
