@@ -54,7 +54,8 @@ class Identity:
 
     def alive(self) -> bool:
         seen = _look(self.pid)
-        return seen is not None and seen[0] == self.started and self.program in seen[1]
+        # One that is on its way out has no arguments any more, and still holds its files and ports.
+        return seen is not None and seen[0] == self.started and (self.program in seen[1] or not any(seen[1]))
 
 
 @functools.cache

@@ -41,6 +41,20 @@ logs.configure(Log())
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+# What takes longest comes first, so that the workers of a parallel run end together.
+ORDER = ("torture", "acceptance", "bench", "integration", "contract", "unit")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+
+    def rank(item: pytest.Item) -> int:
+        room = item.path.relative_to(tests).parts[0]
+        return ORDER.index(room) if room in ORDER else len(ORDER)
+
+    items.sort(key=rank)  # stable: the order within a room stays
+
+
 def missing(reason: str) -> NoReturn:
     """Skips here, fails in CI."""
     if os.environ.get("CI") == "true":
