@@ -16,7 +16,7 @@ from deploy.server import free_port
 from tests.servers import OPERATOR, nats_server, postgres_server
 from tests.system import System
 from tests.torture.feed import BAR, BEGIN
-from tests.torture.rig import SETTINGS, TALLIES, Given, Tally
+from tests.torture.rig import TALLIES, Given, Tally
 
 SERIES = 100
 WARM_BARS = 5  # of each series, before anything is measured
@@ -75,7 +75,7 @@ def test_an_hour_without_postgres_at_a_hundred_series(tmp_path: Path, torture_se
     began = time.monotonic()
     with nats_server(tmp_path / "nats") as nats, postgres_server(tmp_path / "postgres") as postgres:
         urls = {"MT5_NATS_URL": nats.url(OPERATOR), "MT5_DATABASE_URL": postgres.url}
-        system = Given(tmp_path, {**SETTINGS, **urls, "MT5_GATEWAY_PORT": str(free_port())})
+        system = Given(tmp_path, {**urls, "MT5_GATEWAY_PORT": str(free_port())})  # snapshots as they are by default
         system.nats_url, system.database_url = urls["MT5_NATS_URL"], urls["MT5_DATABASE_URL"]
         try:
             system.start()
