@@ -117,6 +117,12 @@ def _position(msg: Msg) -> tuple[int, int, float]:
     return int(tokens[at + 1]), int(tokens[at + 4]), int(tokens[at + 3]) / 1e9
 
 
+def _delivery(msg: Msg) -> int:
+    """How many messages the consumer has delivered with this one, from the same subject."""
+    tokens = msg.reply.split(".")
+    return int(tokens[6 if len(tokens) == 9 else 8])
+
+
 class Reader(Generic[M]):
     """An ordered reader of one channel's stream from a sequence on; an async context manager and iterator."""
 
@@ -143,6 +149,7 @@ class Reader(Generic[M]):
         self._batch = batch
         self._queue: deque[Msg] = deque()
         self._received = self.position
+        self._delivered = 0  # messages that came of the consumer as it was last made
         self._outstanding = 0
         self._wake = asyncio.Event()
         self._broken: str | None = None
@@ -254,6 +261,12 @@ class Reader(Generic[M]):
             seq = _position(msg)[0]
             if seq <= self._received:  # of a consumer that was replaced meanwhile
                 return
+            self._delivered += 1
+            if _delivery(msg) != self._delivered:
+                # What a broken connection swallowed counts as delivered for the server, which goes on behind it as soon
+                # as the inbox is subscribed again.
+                self._break("messages were lost on the way")
+                return
             self._received = seq
             self._queue.append(msg)
         elif status == "100":
@@ -326,7 +339,7 @@ class Reader(Generic[M]):
             ),
         )
         self._inbox = self.bus.nc.new_inbox()
-        self._outstanding = 0
+        self._outstanding = self._delivered = 0
         self._heard = time.monotonic()
         self._sub = await self.bus.nc.subscribe(self._inbox, cb=self._on_message)
 

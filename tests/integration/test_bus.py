@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from nats.aio.msg import Msg
 from structlog.testing import capture_logs
 
 from bus import consume as consuming
@@ -263,6 +264,22 @@ async def test_a_restarted_server_is_read_on(bus: Bus, nats: NatsServer) -> None
         await eventually(lambda: bus.connected)
         await publish(bus, 10, 20)
         assert await take(reader, 15) == list(range(5, 20))
+
+
+class LossyReader(Reader[CandleBlock]):
+    """Some of what the server delivers never arrives, as when a connection breaks and the inbox is subscribed again."""
+
+    rng = random.Random(3)
+
+    async def _on_message(self, msg: Msg) -> None:
+        if not msg.data or self.rng.random() > 0.02:
+            await super()._on_message(msg)
+
+
+async def test_what_the_server_counts_as_delivered_and_never_came_is_read_again(bus: Bus) -> None:
+    await publish(bus, 0, 1_000)
+    async with LossyReader(bus, CANDLES, name="r", start=1) as reader, asyncio.timeout(60):
+        assert await take(reader, 1_000) == list(range(1_000))
 
 
 async def test_a_stream_made_anew_is_not_read_on(bus: Bus) -> None:
