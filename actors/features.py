@@ -79,6 +79,7 @@ class Features:
         self.first_seq = 1  # the log's first sequence when this run began: it ages on, see _log_begins
         self.restored = True  # states come from snapshots, so that an unknown subject is a new series
         self._making = 0
+        self._in_hand = False  # states have changed and what follows from it is not published yet, or never was
         self._run = ""  # tells the message ids of a rebuild from those of the run whose messages were lost
         self._out = Writer(self.bus, str(FEATURES.stream), 0)
         self._snapshot_writer = Writer(self.bus, BUCKET, 0)
@@ -210,6 +211,7 @@ class Features:
 
     async def _handle(self, delivery: Delivery[CandleBlock]) -> Outcome:
         block, seq = delivery.message, delivery.stream_seq
+        self._in_hand = True
         try:
             state = await self._state(delivery.subject, block, seq)
         except TooManySeries as error:
@@ -233,6 +235,7 @@ class Features:
 
     def _committed(self, delivery: Delivery[CandleBlock]) -> None:
         self.handled, self.made = delivery.stream_seq, max(self.made, self._making)
+        self._in_hand = False
         cursor_lag.set(delivery.pending, actor=self.name)
         cursor_lag_seconds.set(max(0.0, time.time() - delivery.stored_at), actor=self.name)
 
@@ -447,6 +450,7 @@ class Features:
 
     async def _publish_deferred(self, subject: str, state: SeriesState) -> None:
         seq, first = self.handled, state.deferred[0]
+        self._in_hand = True
         change = await self._take_in(subject, state, [], seq)
         feature_rebuilds_total.inc()
         self._keep(subject, change)
@@ -456,6 +460,7 @@ class Features:
         self._quiet_since.pop(subject, None)
         self.made = self._making = max(self.made, seq)
         self._dirty.add(subject)
+        self._in_hand = False
 
     async def _newest_deferred(self, state: SeriesState) -> CandleBlock:
         """The newest message that was deferred, for what a block of features tells of its origin."""
@@ -480,8 +485,14 @@ class Features:
                 )
 
     async def _snapshot(self) -> None:
-        """Stores the state of every series that changed, then the cursor: a crash in between repeats some work."""
+        """Stores the state of every series that changed, then the cursor: a crash in between repeats some work.
+
+        Nothing is stored where a batch failed: its states know of rows that were not published, and a snapshot of them
+        would keep these from ever being made.
+        """
         async with self._gate:
+            if self._in_hand:
+                return
             cursor = Cursor(seq=self.handled, made=self.made)
             todo, self._dirty = sorted(self._dirty), set()
             points, self._checkpoints = self._checkpoints, {}
@@ -496,6 +507,8 @@ class Features:
             points = {}
             while todo:
                 async with self._gate:
+                    if self._in_hand:
+                        return
                     chunk, todo = todo[:SNAPSHOT_CHUNK], todo[SNAPSHOT_CHUNK:]
                     encoded = [
                         (_key(state), msgspec.json.encode(state))

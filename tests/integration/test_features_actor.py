@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 import msgspec
 import pytest
 
-from actors.core.series import SeriesState, append
+from actors.core.series import Change, SeriesState, append
 from actors.features import CURSOR_KEY, Features
 from bus.client import Bus
 from bus.subjects import CANDLES, FEATURE_STATE, FEATURES
 from deploy.embedded import NatsServer
-from schema.messages import Candle, FeatureBlock, FeatureRow
+from schema.messages import Candle, CandleBlock, FeatureBlock, FeatureRow
 from schema.settings import Features as FeatureSettings
 from schema.settings import Settings
 from tests.builders import LIVE, final_rows, put, read_until, running, walk
@@ -188,3 +189,27 @@ async def test_a_series_too_many_is_parked_and_the_others_go_on(bus: Bus, nats_u
     rows_of = {name: final_rows([b for b in blocks if b.symbol == name]) for name in ("EURUSD", "GBPUSD")}
     assert plain(rows_of["EURUSD"].values()) == undisturbed(rows[:25])
     assert plain(row for _, row in sorted(rows_of["GBPUSD"].items())) == undisturbed(rows)
+
+
+class Stumbling(Features):
+    """Fails once, in the middle of a batch: what came before has changed its states and is not published."""
+
+    fails: ClassVar[list[int]] = []
+
+    async def _change(self, subject: str, state: SeriesState, block: CandleBlock, seq: int) -> Change:
+        if seq in self.fails:
+            self.fails.remove(seq)
+            raise TimeoutError("as when NATS does not answer")
+        return await super()._change(subject, state, block, seq)
+
+
+async def test_a_batch_that_fails_in_its_middle_is_made_again_whole(bus: Bus, nats_url: str) -> None:
+    """The snapshot at the stop must not hold states whose rows were never published."""
+    rows = walk(120)
+    Stumbling.fails = [7, 60]
+    await put(bus, rows[:40], size=4)  # waits for the actor: one batch
+    async with running(Stumbling, nats_url=nats_url, settings=QUICK):
+        await put(bus, rows[40:], size=1)
+        blocks = await read_until(bus, FEATURES, lambda found: len(final_rows(found)) == len(rows))
+    assert Stumbling.fails == []
+    assert plain(final_rows(blocks).values()) == undisturbed(rows)
