@@ -491,7 +491,7 @@ class Features:
         would keep these from ever being made.
         """
         async with self._gate:
-            if self._in_hand:
+            if self._half_done():
                 return
             cursor = Cursor(seq=self.handled, made=self.made)
             todo, self._dirty = sorted(self._dirty), set()
@@ -507,7 +507,7 @@ class Features:
             points = {}
             while todo:
                 async with self._gate:
-                    if self._in_hand:
+                    if self._half_done():
                         return
                     chunk, todo = todo[:SNAPSHOT_CHUNK], todo[SNAPSHOT_CHUNK:]
                     encoded = [
@@ -522,6 +522,10 @@ class Features:
         if cursor != self._stored:
             await self._put([(CURSOR_KEY, msgspec.json.encode(cursor))])
             self._stored = cursor
+
+    def _half_done(self) -> bool:
+        """Whether a batch has failed; asked with the gate held, when none can be under way."""
+        return self._in_hand
 
     async def _put(self, values: Iterable[tuple[str, bytes]]) -> None:
         """Values of the bucket, each on the condition that its key is as this process left it."""
