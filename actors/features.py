@@ -29,7 +29,7 @@ from bus.client import BusUnavailable, Outgoing, outgoing
 from bus.consume import Delivery, Done, Outcome, Reader, Rejected, StreamReplaced, consume, last_message
 from bus.forward import CURSOR_KEY, check_forward
 from bus.store import Store
-from bus.subjects import CANDLES, FEATURE_STATE, FEATURES, key_token
+from bus.subjects import CANDLES, FEATURE_STATE, FEATURES, bucket_stream, bucket_subject, key_token
 from bus.supervise import Context, run_tasks
 from bus.telemetry import (
     candle_revisions_total,
@@ -48,7 +48,7 @@ SNAPSHOT_CHUNK: Final = 32  # snapshots encoded between two batches, so that non
 SNAPSHOT_BUDGET: Final = 10.0  # seconds: the next snapshot stores what this one did not
 ARCHIVE_PATIENCE: Final = 60.0
 LOG_SILENCE: Final = 2.0  # seconds without a message of the log until it is asked whether there is one
-BUCKET: Final = f"KV_{FEATURE_STATE}"
+BUCKET: Final = bucket_stream(FEATURE_STATE)
 
 
 class Cursor(msgspec.Struct, frozen=True):
@@ -532,7 +532,7 @@ class Features:
         await self._snapshot_writer.publish(
             [
                 # No two puts have one id: the same value again is a put like any other.
-                Outgoing(f"$KV.{FEATURE_STATE}.{key}", value, secrets.token_hex(12), BUCKET)
+                Outgoing(bucket_subject(FEATURE_STATE, key), value, secrets.token_hex(12), BUCKET)
                 for key, value in values
             ],
             budget=SNAPSHOT_BUDGET,

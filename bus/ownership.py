@@ -25,7 +25,7 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from bus.client import Bus, BusUnavailable
-from bus.subjects import OWNERS, owner_consumer
+from bus.subjects import OWNERS, bucket_stream, bucket_subject, owner_consumer
 from bus.telemetry import owns_gauge
 
 log = structlog.get_logger(__name__)
@@ -60,7 +60,7 @@ def consumer_config(actor: str, partition: int) -> dict[str, Any]:
         "max_deliver": -1,
         "max_ack_pending": 1,
         "max_waiting": 512,
-        "filter_subject": f"$KV.{OWNERS}.{actor}.{partition}",
+        "filter_subject": bucket_subject(OWNERS, f"{actor}.{partition}"),
         "replay_policy": "instant",
         "priority_groups": [GROUP],
         "priority_policy": "pinned_client",
@@ -76,7 +76,7 @@ class Ownership:
         self._bus = bus
         self._actor = actor
         self._consumer = owner_consumer(actor, partition)
-        self._stream = f"KV_{OWNERS}"
+        self._stream = bucket_stream(OWNERS)
         self.handed = 0  # times that the token was handed to this process
         self._pin: str | None = None
         self._known: deque[str] = deque(maxlen=KNOWN_PINS)  # pins that this process was given

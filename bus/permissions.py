@@ -22,6 +22,8 @@ from bus.subjects import (
     SIGNALS,
     TRAIN,
     Channel,
+    bucket_stream,
+    bucket_subject,
     metrics_of,
     owner_consumer,
     status_of,
@@ -59,12 +61,13 @@ def _read(stream: str) -> tuple[str, ...]:
 
 
 def _bucket(name: str) -> tuple[str, ...]:
-    return (f"$KV.{name}.>", *_read(f"KV_{name}"), f"{API}.STREAM.PURGE.KV_{name}")
+    stream = bucket_stream(name)
+    return (bucket_subject(name, ">"), *_read(stream), f"{API}.STREAM.PURGE.{stream}")
 
 
 def _owner(actor: str) -> tuple[str, ...]:
     """What a process needs to be given its actor's work, and to hand it on."""
-    stream, consumer = f"KV_{OWNERS}", owner_consumer(actor)
+    stream, consumer = bucket_stream(OWNERS), owner_consumer(actor)
     return (
         f"{API}.CONSUMER.MSG.NEXT.{stream}.{consumer}",
         f"{API}.CONSUMER.INFO.{stream}.{consumer}",

@@ -99,6 +99,16 @@ def metrics_of(actor: str) -> str:
     return f"metrics.{actor}"
 
 
+def bucket_stream(bucket: str) -> str:
+    """The stream that JetStream keeps a key-value bucket in."""
+    return f"KV_{bucket}"
+
+
+def bucket_subject(bucket: str, key: str) -> str:
+    """The subject of a key in its bucket's stream; ``>`` for all of them."""
+    return f"$KV.{bucket}.{key}"
+
+
 def owner_consumer(actor: str, partition: int = 0) -> str:
     """The consumer of the bucket ``owners`` that hands out an actor's share of the series."""
     return f"{actor}-{partition}"

@@ -15,7 +15,19 @@ from nats.js.errors import APIError, NotFoundError
 
 from bus import ownership
 from bus.client import Bus
-from bus.subjects import CANDLES, CLOCK, FEATURE_STATE, FEATURES, MODEL_FILES, MODELS, OWNERS, REJECTS, SIGNALS
+from bus.subjects import (
+    CANDLES,
+    CLOCK,
+    FEATURE_STATE,
+    FEATURES,
+    MODEL_FILES,
+    MODELS,
+    OWNERS,
+    REJECTS,
+    SIGNALS,
+    bucket_stream,
+    bucket_subject,
+)
 from schema.settings import Streams
 from schema.timeframes import TIMEFRAMES
 
@@ -48,8 +60,8 @@ def _stream(name: str, subjects: list[str], **fields: Any) -> StreamConfig:
 def _key_value(bucket: str, max_bytes: int, **fields: Any) -> StreamConfig:
     # The stream that a NATS key-value bucket is: one value a key, rollups allowed, no deletes by sequence.
     return _stream(
-        f"KV_{bucket}",
-        [f"$KV.{bucket}.>"],
+        bucket_stream(bucket),
+        [bucket_subject(bucket, ">")],
         max_msgs_per_subject=1,
         max_bytes=max_bytes,
         discard=DiscardPolicy.NEW,
@@ -204,7 +216,7 @@ async def apply(bus: Bus, streams: Streams) -> list[Difference]:
 
 async def _owner_differences(bus: Bus, actor: str) -> list[Difference]:
     want = ownership.consumer_config(actor, 0)
-    name, stream = str(want["name"]), f"KV_{OWNERS}"
+    name, stream = str(want["name"]), bucket_stream(OWNERS)
     if await _have(bus.js, stream) is None:
         return [Difference(stream, "missing", "consumer", "nothing", name)]
     answer = await _ask(bus, f"CONSUMER.INFO.{stream}.{name}", {})
@@ -225,7 +237,7 @@ async def _owner_differences(bus: Bus, actor: str) -> list[Difference]:
 
 async def _make_owner(bus: Bus, actor: str, *, fresh: bool) -> None:
     config = ownership.consumer_config(actor, 0)
-    stream = f"KV_{OWNERS}"
+    stream = bucket_stream(OWNERS)
     if fresh:
         await _ask(bus, f"CONSUMER.DELETE.{stream}.{config['name']}", {})  # most of its settings cannot be changed
         request = {"stream_name": stream, "config": config}

@@ -29,7 +29,7 @@ from bus.client import NO_MESSAGE, Bus, BusUnavailable, Outgoing, passing
 log = structlog.get_logger(__name__)
 
 # An atomic batch under `sync_interval: always` costs as much as a dozen messages sent one after the other, whatever
-# its size (measured: 15 ms against 1.3 ms a message), and fifty times less a message when it is full.
+# its size (measured: 15 to 18 ms against 1.6 ms a message), and far less a message when it is full (0.06 ms at 1,000).
 ATOMIC_FROM: Final = 12
 ATOMIC_MOST: Final = 500  # messages in a batch; the server takes 1,000
 ATOMIC_BYTES: Final = 8 * 1024**2
@@ -40,7 +40,7 @@ RETRY_MAX: Final = 1.0
 
 WRONG_LAST: Final = frozenset({10071, 10164})  # err_codes: the subject's last message is not the expected one
 CONTAINS_DUPLICATE: Final = 10201  # err_code: the batch holds a message id that is stored already
-NO_BATCH_NOW: Final = frozenset({10176, 10211})  # err_codes: the batch was abandoned, or too many are under way
+NO_BATCH_NOW: Final = frozenset({10176, 10210})  # err_codes: the batch was abandoned, or too many are under way
 
 
 class Superseded(Exception):
