@@ -9,15 +9,19 @@ from bus.subjects import (
     ALERTS,
     CANDLES,
     CLOCK,
+    DECIDE,
     FEATURE_STATE,
     FEATURES,
     FORMING,
     MODEL_FILES,
     MODELS,
+    OUTCOMES,
     OWNERS,
     PROMOTE,
     REJECTS,
+    RETIRE,
     ROLLBACK,
+    SCORECARD,
     SIGNAL_AGAIN,
     SIGNALS,
     TRAIN,
@@ -90,6 +94,7 @@ _EVERYONE: Final = (
     "_INBOX.>",
     f"_INBOX_{OPERATOR}.>",
     "_INBOX_collector.>",
+    "_INBOX_scorer.>",
     f"{API}.STREAM.NAMES",
 )
 
@@ -104,6 +109,7 @@ _PUBLISH: Final[dict[str, tuple[str, ...]]] = {
         *_read(_name(SIGNALS)),
         ALERTS.wildcard,
         *_bucket(CLOCK),
+        SCORECARD,
         status_of("*"),
         metrics_of("*"),
     ),
@@ -130,6 +136,17 @@ _PUBLISH: Final[dict[str, tuple[str, ...]]] = {
         *_owner("recorder"),
     ),
     "trainer": (*_MODELS, *_read(_name(MODELS)), *_FILES_WRITE),
+    "scorer": (
+        OUTCOMES.wildcard,
+        ALERTS.wildcard,
+        DECIDE,
+        *_read(_name(CANDLES)),
+        *_read(_name(FEATURES)),
+        *_read(_name(SIGNALS)),
+        *_read(_name(MODELS)),
+        *_FILES_READ,
+        *_owner("scorer"),
+    ),
 }
 
 _SUBSCRIBE: Final[dict[str, tuple[str, ...]]] = {
@@ -137,7 +154,8 @@ _SUBSCRIBE: Final[dict[str, tuple[str, ...]]] = {
     "features": (),
     "emitter": (SIGNAL_AGAIN,),
     "recorder": (),
-    "trainer": (TRAIN, PROMOTE, ROLLBACK),
+    "trainer": (TRAIN, PROMOTE, ROLLBACK, RETIRE, DECIDE),
+    "scorer": (SCORECARD,),
 }
 
 

@@ -8,7 +8,17 @@ from typing import Final, Generic, TypeVar, cast
 
 import msgspec
 
-from schema.messages import Alert, CandleBlock, FeatureBlock, FormingCandle, Message, ModelEvent, Reject, Signal
+from schema.messages import (
+    Alert,
+    CandleBlock,
+    FeatureBlock,
+    FormingCandle,
+    Message,
+    ModelEvent,
+    Outcome,
+    Reject,
+    Signal,
+)
 
 M = TypeVar("M", bound=Message)
 
@@ -71,10 +81,24 @@ FEATURES: Final = Channel("features", 2, FeatureBlock, "FEATURES")
 SIGNALS: Final = Channel("signals", 2, Signal, "SIGNALS")
 FORMING: Final = Channel("forming", 2, FormingCandle, None)
 MODELS: Final = Channel("models", 1, ModelEvent, "EVENTS")
+OUTCOMES: Final = Channel("outcomes", 2, Outcome, "EVENTS")
 ALERTS: Final = Channel("alerts", 2, Alert, "EVENTS")
 REJECTS: Final = Channel("rejects", 1, Reject, "REJECTS")
 
-CHANNELS: Final[tuple[Channel[Message], ...]] = (CANDLES, FEATURES, SIGNALS, FORMING, MODELS, ALERTS, REJECTS)  # type: ignore[assignment]
+CHANNELS: Final[tuple[Channel[Message], ...]] = (  # type: ignore[assignment]
+    CANDLES,
+    FEATURES,
+    SIGNALS,
+    FORMING,
+    MODELS,
+    OUTCOMES,
+    ALERTS,
+    REJECTS,
+)
+
+# Headers of a signal, beside its trace: what is true of this one making of it and not of any other, as its times are.
+RECEIVED_AT: Final = "Mt5-Received-At"  # when the candle came to the gateway, RFC 3339
+FEATURES_AT: Final = "Mt5-Features-At"  # when JetStream stored its features
 
 # KV buckets and the object store (JetStream keeps them as streams KV_<name> and OBJ_<name>).
 FEATURE_STATE: Final = "feature_state"
@@ -86,6 +110,9 @@ MODEL_FILES: Final = "models"
 TRAIN: Final = "trainer.train"
 PROMOTE: Final = "models.promote"
 ROLLBACK: Final = "models.rollback"
+RETIRE: Final = "models.retire"
+DECIDE: Final = "models.decide"  # the scorer's, with evidence
+SCORECARD: Final = "scorer.scorecard"
 SIGNAL_AGAIN: Final = "emitter.again"
 
 

@@ -22,6 +22,7 @@ from bus.subjects import (
     FEATURES,
     MODEL_FILES,
     MODELS,
+    OUTCOMES,
     OWNERS,
     REJECTS,
     SIGNALS,
@@ -36,7 +37,8 @@ DERIVED_MAX_AGE: Final = 7 * 86_400.0
 REJECTS_MAX_BYTES: Final = 256 * 1024**2
 BUCKET_MAX_BYTES: Final = 1024**3
 OWNERS_MAX_BYTES: Final = 1024**2
-OWNED: Final = ("features", "emitter", "recorder")  # actors of which one process at a time does the work
+EVENTS_PER_SUBJECT: Final = 10_000
+OWNED: Final = ("features", "emitter", "recorder", "scorer")  # actors of which one process at a time does the work
 
 
 def model_name(timeframe: str) -> str:
@@ -112,7 +114,9 @@ def wanted(streams: Streams) -> list[StreamConfig]:
             str(MODELS.stream),
             # Each model by name: models.promote and models.rollback are requests, which a stream must not answer.
             [MODELS.subject(model_name(timeframe)) for timeframe in TIMEFRAMES]
-            + ["alerts.>", "backups.>", "outcomes.>"],
+            + ["alerts.>", "backups.>", OUTCOMES.wildcard],
+            # Outcomes come by the million, and must not push the models' lives out of the stream.
+            max_msgs_per_subject=EVENTS_PER_SUBJECT,
             max_age=streams.events_max_age,
             max_bytes=streams.derived_max_bytes,
         ),

@@ -194,7 +194,9 @@ class ModelEvent(Message, frozen=True):
     """A step in a model's life, on ``models.<name>``.
 
     ``released`` asks the emitter to serve a version; ``activated`` is the emitter's answer and records ``from_seq``,
-    the first CANDLES sequence that the version serves. ``refused`` says why it does not serve.
+    the first CANDLES sequence that the version serves. ``refused`` says why it does not serve. A version is ``registered``
+    as a shadow, which the scorer follows, or as a candidate, which waits. ``recipe`` names what it was made by (features,
+    label, hyperparameters): evidence belongs to it. ``evidence`` is what decided a step, in figures.
     """
 
     event: Literal["released", "activated", "refused", "registered", "retired"]
@@ -206,6 +208,36 @@ class ModelEvent(Message, frozen=True):
     from_seq: int | None = None
     reason: str = ""
     by: str = "trainer"
+    recipe: str = ""
+    evidence: dict[str, Any] = {}
+
+
+class Outcome(Message, frozen=True):
+    """What came of one signal once its fifth following bar had closed, on ``outcomes.<tf>.<symbol>``.
+
+    ``state`` is the model's when it spoke; of a ``shadow`` there is no signal, only this. ``ret`` is ``fwd_ret_5``, ``up``
+    its sign (null: a tie) and ``base_rate`` the share of rises that the model was trained on, which it has to beat.
+    ``won``, ``gross`` and ``net`` speak of a trade and are null where ``label`` is 0: entered at the next bar's open, left at
+    the fifth bar's close; ``net`` is null where the cost is unknown. ``candles_seq`` is the sequence that made it known.
+    """
+
+    signal_id: str
+    ts: UtcTime
+    symbol: str
+    timeframe: str
+    model_name: str
+    model_version: str
+    state: ModelState
+    prob_up: float
+    base_rate: float
+    label: Label
+    abstain: Abstain | None
+    ret: float
+    up: bool | None
+    won: bool | None
+    gross: float | None
+    net: float | None
+    candles_seq: int
 
 
 class Alert(Message, frozen=True):

@@ -83,6 +83,27 @@ class Trainer(Section, frozen=True):
     expire_days: Count = 90  # of market time after the newest row it was trained on
 
 
+class Models(Section, frozen=True):
+    """Which version may speak: what a shadow must show, what a champion must not."""
+
+    keep: Count = 10  # versions of a model whose files are kept, beside those that serve or are followed
+    shadows: Count = 3  # versions of a model that are followed at a time
+    retrain_outcomes: Count = 1_000  # after so many a retrain of the champion's recipe replaces it …
+    retrain_tolerance: Annotated[float, Meta(ge=0)] = 0.002  # … unless its Brier score is worse by more than this
+    promote_evidence: Annotated[float, Meta(gt=1)] = (
+        100.0  # e-value at which another recipe, or a provisional version, is promoted
+    )
+    rollback_evidence: Annotated[float, Meta(gt=1)] = 100.0  # e-value at which a champion is rolled back
+    public_key: str | None = None  # file with the key that manifests must be signed with; None: home/keys/models.pub
+
+
+class Scorer(Section, frozen=True):
+    window: Count = 5_000  # newest outcomes of a model, symbol and timeframe that the scorecard's figures are of
+    poll_seconds: Positive = 0.25  # how often it looks at what the recorder has stored
+    audit_seconds: Positive = 3_600.0  # how often signals are rebuilt and compared
+    audit_sample: Count = 20  # how many at a time
+
+
 class Symbol(Section, frozen=True):
     point: float | None = None
     spread: float | None = None  # points, where the feed's spread is unknown (0)
@@ -113,6 +134,8 @@ class Settings(Section, frozen=True):
     features: Features = Features()
     recorder: Recorder = Recorder()
     trainer: Trainer = Trainer()
+    models: Models = Models()
+    scorer: Scorer = Scorer()
     symbols: dict[str, Symbol] = {}
     clock: dict[str, Clock] = {}  # by source
     log: Log = Log()

@@ -28,6 +28,21 @@ class ReleaseRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     model_name: str | None = None
 
 
+class DecisionRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the evidence says, from the scorer: ``promote`` a shadow or the provisional version, ``rollback`` the champion
+    (to the version that served before, or to provisional where none did), ``retire`` a shadow that failed.
+
+    ``against`` is the version that served when it was decided; where another one serves by now the decision is void.
+    """
+
+    model_name: str
+    version: str
+    action: Literal["promote", "rollback", "retire"]
+    reason: str
+    against: str | None = None
+    evidence: dict[str, Any] = {}
+
+
 class Progress(Message, frozen=True, kw_only=True, omit_defaults=False):
     """What a run is doing and how much of it is done, 0..1."""
 

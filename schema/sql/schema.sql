@@ -162,6 +162,9 @@ CREATE TABLE model_signals (
     expires_at timestamptz NOT NULL,
     supersedes text,
     superseded_at timestamptz,
+    trace_id text,
+    received_at timestamptz,
+    features_at timestamptz,
     PRIMARY KEY (id, ts)
 );
 CREATE INDEX model_signals_series ON model_signals (timeframe, symbol, ts DESC);
@@ -188,6 +191,57 @@ CREATE TABLE models (
     reason text NOT NULL DEFAULT '',
     by text NOT NULL DEFAULT 'trainer',
     PRIMARY KEY (model_name, version)
+);
+
+-- What came of each signal five bars later, and of the shadows' silent ones; state is the model's when it spoke. seq is
+-- the order in which outcomes became known, by which evidence is folded. void: the signal was superseded afterwards.
+CREATE TABLE signal_outcomes (
+    id text NOT NULL,
+    ts timestamptz NOT NULL,
+    symbol text NOT NULL,
+    timeframe text NOT NULL,
+    model_name text NOT NULL,
+    model_version text NOT NULL,
+    state text NOT NULL,
+    prob_up double precision NOT NULL,
+    base_rate double precision NOT NULL,
+    label smallint NOT NULL,
+    abstain text,
+    ret double precision NOT NULL,
+    up boolean,
+    won boolean,
+    gross double precision,
+    net double precision,
+    candles_seq bigint NOT NULL,
+    fwd_seq bigint NOT NULL,
+    scored_at timestamptz NOT NULL DEFAULT now(),
+    void boolean NOT NULL DEFAULT false,
+    seq bigint GENERATED ALWAYS AS IDENTITY,
+    PRIMARY KEY (id, ts)
+);
+CREATE INDEX signal_outcomes_model ON signal_outcomes (model_name, model_version, seq DESC);
+CREATE INDEX signal_outcomes_series ON signal_outcomes (timeframe, symbol, ts DESC);
+
+-- Every change of which version speaks, with what decided it; by is a person, the trainer or the scorer.
+CREATE TABLE model_decisions (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    at timestamptz NOT NULL,
+    model_name text NOT NULL,
+    version text NOT NULL,
+    action text NOT NULL,
+    by text NOT NULL,
+    reason text NOT NULL,
+    evidence jsonb NOT NULL DEFAULT '{}',
+    UNIQUE (model_name, version, action, at)
+);
+
+-- Signals that were rebuilt and compared; difference is null where they were identical.
+CREATE TABLE signal_audits (
+    at timestamptz NOT NULL,
+    signal_id text NOT NULL,
+    identical boolean NOT NULL,
+    difference text,
+    PRIMARY KEY (signal_id, at)
 );
 
 -- How far a reader of a derived stream has stored: its place in that stream, and in CANDLES. stream_created and
