@@ -319,6 +319,15 @@ def _offset(source: str, moment: int) -> int:
     return (_WINTER + (begins <= moment < ends)) * 3_600
 
 
+def _between(change: int | None) -> range:
+    """The moments between a change of the clock and the other family's nearest one; empty where it does not change."""
+    if change is None:
+        return range(0)
+    moments = [int(when.timestamp()) for pair in _SUMMER.values() for when in pair]
+    other = min((m for m in moments if m != change), key=lambda m: abs(m - change))
+    return range(min(change, other), max(change, other))
+
+
 def _times(rng: random.Random, timeframe: str, count: int, change: datetime | None) -> list[int]:
     """Open times with daily breaks, lost bars and a weekend, in which the clock may change."""
     step = MINUTES[timeframe] * 60
@@ -452,6 +461,9 @@ class _Hostile:
         self.kinds = series.kinds
         self.now = now
         self.live = range(series.history, len(series.bars))
+        # New York and Europe change in different weeks: who has not heard the clock between cannot tell whose it is.
+        self.between = _between(series.change)
+        self.needs_between = any(bar.ts < self.between.stop and bar.end > self.between.start for bar in series.bars)
         self.held = self._held_back()
         self.foreign = self._foreign() - self.held
         # What the other terminal shows for a bar of the owner's; for a bar that the owner never shows, the truth.
@@ -480,6 +492,7 @@ class _Hostile:
         """What else others may have to follow: the owner's first live word, a fill, the clock before its change."""
         if snapshot.own:
             owns = [] if snapshot.history or not snapshot.bars else ["owner"]
+            owns += ["between"] if self._is_between(snapshot.moment) else []
             return [*owns, "summer"] if self._is_before_change(snapshot.moment) else owns
         return [] if snapshot.regret else [("fill", i) for i in snapshot.bars]
 
@@ -495,7 +508,12 @@ class _Hostile:
         if "fields" in self.kinds and snapshot.own and not self._is_before_change(snapshot.moment):
             # From after the change alone nobody can tell what the clock had shown before.
             out |= {"summer" for i in snapshot.bars if self._is_before_change(self.bars[i].ts)}
+        if "fields" in self.kinds and snapshot.own and self.needs_between and snapshot.moment >= self.between.stop:
+            out |= {"between" for i in snapshot.bars if self.bars[i].ts < self.between.stop}
         return out
+
+    def _is_between(self, moment: int) -> bool:
+        return moment in self.between
 
     def _is_before_change(self, moment: int) -> bool:
         return self.series.change is not None and moment < self.series.change
@@ -534,7 +552,19 @@ class _Hostile:
         if "fields" in self.kinds and not any(one.own and self._is_before_change(one.moment) for one in told):
             bar = self.bars[0]
             told.append(_Snapshot(bar.ts, (), FIRST, "before the change", forming=(0, self._partial(bar, bar.ts))))
+        if (
+            "fields" in self.kinds
+            and self.needs_between
+            and not any(one.own and self._is_between(one.moment) for one in told)
+        ):
+            told.append(self._heard_between())
         return told
+
+    def _heard_between(self) -> _Snapshot:
+        """One look at the clock between the two families' changes: the newest bar then, still forming."""
+        i, bar = next((i, bar) for i, bar in enumerate(self.bars) if bar.end > self.between.start)
+        moment = max(bar.ts, self.between.start)
+        return _Snapshot(moment, (), FIRST, "between the changes", forming=(i, self._partial(bar, moment)))
 
     def _unambiguous(self, snapshot: _Snapshot) -> list[_Snapshot]:
         """For a while after its clock was set back, a terminal cannot show bars of before: they are told hours later."""

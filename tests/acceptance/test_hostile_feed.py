@@ -39,6 +39,7 @@ from tests.servers import OPERATOR, cloned_database, nats_server
 
 SEEDS_A_RUN: Final = 50  # so many share the start of three systems
 CI_SEEDS: Final = 200
+RETRIES: Final = 10
 TORTURE_SEEDS: Final = 2_000
 PATIENCE: Final = 60.0  # seconds that the archive may take to become what was sent
 QUIET: Final = 0.5  # seconds that bars before a series' first wait for more of them: ten in service
@@ -127,17 +128,26 @@ async def _send(url: str, posts: Sequence[Post], senders: int) -> None:
                 post = posts[at]
                 for other in post.after:
                     await answered[other].wait()
-                async with http.post(
-                    url, data=post.body, headers={"Content-Type": "application/json", **post.headers}
-                ) as r:
-                    answer = await r.read()
-                    said = msgspec.json.decode(answer, type=IngestAnswer) if r.status == 200 else None
-                    assert said is not None, f"{r.status} {answer!r} to {post.note}"
-                    assert not said.rejected, f"{answer!r} to {post.note}"
+                status, answer = await _post(http, url, post)
+                said = msgspec.json.decode(answer, type=IngestAnswer) if status == 200 else None
+                assert said is not None, f"{status} {answer!r} to {post.note}"
+                assert not said.rejected, f"{answer!r} to {post.note}"
                 answered[at].set()
 
         for _ in range(senders):
             group.create_task(sender())
+
+
+async def _post(http: aiohttp.ClientSession, url: str, post: Post) -> tuple[int, bytes]:
+    """As a terminal posts: what a busy machine answered with 503 is sent again, byte by byte."""
+    headers = {"Content-Type": "application/json", **post.headers}
+    for _ in range(RETRIES):
+        async with http.post(url, data=post.body, headers=headers) as response:
+            answer = await response.read()
+            if response.status != 503:
+                break
+        await asyncio.sleep(float(response.headers["Retry-After"]))
+    return response.status, answer
 
 
 async def _settled(url: str, database: str, feeds: Sequence[Feed]) -> Archive:
