@@ -147,11 +147,20 @@ class Rig:
         self.tally.done[f"kill -9 {'actor' if name in ISOLATED else name}"] += 1
         wait_until(lambda: self._other(name, dead.pid), 60, f"{name} is started again")
 
+    async def _connect(self) -> asyncpg.Connection:
+        """To the archive, which may still be coming back from what was done before."""
+        async with asyncio.timeout(PROGRESS_SECONDS):
+            while True:
+                try:
+                    return await asyncpg.connect(self.system.ready["database"])
+                except (OSError, asyncpg.CannotConnectNowError):
+                    await asyncio.sleep(0.1)
+
     def kill_waiting(self, name: str, table: str = "features") -> None:
         """SIGKILL while the archive's table is locked by somebody else, as by maintenance: in the middle of a batch."""
 
         async def locked() -> None:
-            connection = await asyncpg.connect(self.system.ready["database"])
+            connection = await self._connect()
             try:
                 await connection.execute("BEGIN")
                 await connection.execute(f"LOCK TABLE {table} IN EXCLUSIVE MODE")
