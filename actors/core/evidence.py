@@ -32,11 +32,10 @@ correction, 1181; Choe & Ramdas, "Comparing sequential forecasters", Operations 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import exp, fsum, log, log1p, sqrt
+from math import exp, log, log1p, sqrt
 from typing import Final, NamedTuple
 
 from msgspec import Struct
-from msgspec.structs import replace
 
 SIZES: Final = (0.1, 0.3, 1.0, 3.0)  # free money staked for each unit of score difference
 CAP: Final = 0.5  # of a size's free money at most in one bar's bet
@@ -122,8 +121,7 @@ class Evidence(Struct, frozen=True):
         outcomes, loss, rival_loss, edge, bound = _scores(rows)
         if bound > 0 and len(waiting) < OPEN:
             waiting.append(_stake(until, edge / bound, bound, better, worse))
-        return replace(
-            self,
+        return Evidence(
             bars=bars,
             outcomes=self.outcomes + outcomes,
             loss=self.loss + loss,
@@ -221,4 +219,4 @@ def _total(free: Sequence[float], bars: int) -> float:
 
 def _log_sum(logs: Sequence[float]) -> float:
     most = max(logs)
-    return most + log(fsum(exp(each - most) for each in logs))
+    return most + log(sum([exp(each - most) for each in logs]))
