@@ -13,7 +13,8 @@ way the books are kept; the sizes of the bets below decide only how soon a diffe
   (Henzi & Ziegel, correction of 2022). Here the most that a bet can lose, the *predictable bound*
   ``c = |p - q| · max(p + q, 2 - p - q) ≥ |d|``, is put aside when it is made and paid back with the result. Stakes depend
   on nothing that is not known when the forecast is made, and the e-value is what is *not* put aside: open bets count as lost.
-  Streams are one way to stake by these books; one purse for all bars is at no autocorrelation slower and mostly faster.
+  Streams are one way to stake by these books; one purse for all bars is as fast where signals last for many bars, and two
+  to three times faster where they are fresh at each.
 * **Bet sizes** are fractions of the free money for each unit of d. A calibrated p grows fastest at 1/v, where v is how
   much overlap and correlation inflate the variance (2.7 to 3.9 were measured), an inverted one's rival at 3/v. The purse is
   divided among four sizes (a mixture: Waudby-Smith & Ramdas 2024), of which the best soon is all that counts.
