@@ -40,6 +40,7 @@ from msgspec import Struct
 
 SIZES: Final = (0.1, 0.3, 1.0, 3.0)  # free money staked for each unit of score difference
 CAP: Final = 0.5  # of a size's free money at most in one bar's bet
+LEAST: Final = 1e-9  # bound of a bar that is bet on: a smaller one is mostly rounding
 OPEN: Final = 16  # bars whose outcomes are awaited at a time: five, and more where a symbol pauses and others go on
 KEPT: Final = 0.25  # of the unit, at the beginning
 KEPT_BARS: Final = (
@@ -120,7 +121,7 @@ class Evidence(Struct, frozen=True):
             _receive(better, released)
             _receive(worse, released)
         outcomes, loss, rival_loss, edge, bound = _scores(rows)
-        if bound > 0 and len(waiting) < OPEN:
+        if bound >= LEAST and len(waiting) < OPEN:
             waiting.append(_stake(until, edge / bound, bound, better, worse))
         return Evidence(
             bars=bars,

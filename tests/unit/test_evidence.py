@@ -8,7 +8,7 @@ from math import isfinite
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from actors.core import evidence
@@ -124,6 +124,8 @@ def test_books_continue_from_what_was_stored(made: list[tuple[list[Paired], int]
 
 
 @given(bars)
+@example([([Paired(0.0, 5e-324, True)], 1)] * 3)  # forecasts that differ by the smallest number there is
+@example([([Paired(0.5, 0.5 + 1e-16, True)], 1)] * 3)
 def test_a_fortune_is_finite_and_positive(made: list[tuple[list[Paired], int]]) -> None:
     seen = fold(made)
     for value in (seen.e_better, seen.e_worse, seen.peak_better, seen.peak_worse):
