@@ -45,3 +45,15 @@ async def read_artifact(bus: Bus, path: str) -> bytes:
         raise ArtifactLost(f"{path} is damaged in the object store, its description is") from error
     except (NatsError, APIError, TimeoutError) as error:
         raise BusUnavailable(f"NATS did not send {path} ({type(error).__name__}).") from error
+
+
+async def remove_artifact(bus: Bus, path: str) -> None:
+    """Takes an object out of the store, if it is there. Raises BusUnavailable."""
+    try:
+        async with asyncio.timeout(LOAD_BUDGET):
+            store = await bus.js.object_store(MODEL_FILES)
+            await store.delete(path)
+    except NotFoundError:
+        return
+    except (NatsError, APIError, TimeoutError) as error:
+        raise BusUnavailable(f"NATS did not remove {path} ({type(error).__name__}).") from error

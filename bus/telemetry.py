@@ -102,6 +102,9 @@ recorder_rows_total: Final = CounterMetric("mt5_recorder_rows_total", "Rows arch
 archive_up: Final = GaugeMetric("mt5_archive_up", "1 while PostgreSQL takes what the recorder writes.")
 cursor_lag: Final = GaugeMetric("mt5_cursor_lag_messages", "Messages in the stream behind an actor's cursor.")
 cursor_lag_seconds: Final = GaugeMetric("mt5_cursor_lag_seconds", "Age of the newest message an actor has handled.")
+model_changes_total: Final = CounterMetric(
+    "mt5_model_changes_total", "Decisions on which version of a model speaks.", unlabelled=False
+)
 actor_restarts_total: Final = CounterMetric("mt5_actor_restarts_total", "Actors restarted.", unlabelled=False)
 owns_gauge: Final = GaugeMetric("mt5_owner", "1 while this process does the actor's work, 0 while it is a standby.")
 parked_total: Final = CounterMetric("mt5_parked_total", "Messages that an actor parked.", unlabelled=False)

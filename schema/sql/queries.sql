@@ -381,6 +381,28 @@ UPDATE models SET
     reason = $6, by = $7
 WHERE model_name = $1 AND version = $2;
 
+-- An event is read at each start; its row is written once.
+-- name: insert_model_decision
+-- at, model_name, version, action, by, reason, evidence (JSON text)
+INSERT INTO model_decisions (at, model_name, version, action, by, reason, evidence)
+VALUES ($1, $2, $3, $4, $5, $6, $7::text::jsonb)
+ON CONFLICT DO NOTHING;
+
+-- name: model_decisions
+-- model_name, version, limit; the newest that made it serve or were made against it, oldest first
+SELECT * FROM (
+    SELECT id, at, version, action, by, reason, evidence::text AS evidence FROM model_decisions
+    WHERE model_name = $1 AND (version = $2 OR evidence->>'against' = $2)
+    ORDER BY at DESC, id DESC LIMIT $3
+) AS newest
+ORDER BY at, id;
+
+-- name: model_evidence
+-- model_name or null; each version's newest decision
+SELECT DISTINCT ON (model_name, version) model_name, version, action, evidence::text AS evidence
+FROM model_decisions WHERE $1::text IS NULL OR model_name = $1
+ORDER BY model_name, version, at DESC, id DESC;
+
 -- name: symbol_points
 SELECT symbol, point FROM symbols;
 
