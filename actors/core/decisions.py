@@ -55,7 +55,7 @@ def judge(registry: Registry, request: DecisionRequest) -> Judgement:
 def _promote(registry: Registry, request: DecisionRequest, version: Version, serving: Version | None) -> Judgement:
     itself = version is serving
     if itself and (version.state == "champion" or request.against not in (None, version.version)):
-        return Settled(version)  # a retrain that took the place of a provisional version is provisional, and done
+        return Settled(version)  # what took the place of a provisional version is provisional, and done
     if version.asked is not None:
         return Waits(version)
     if itself:
@@ -63,9 +63,8 @@ def _promote(registry: Registry, request: DecisionRequest, version: Version, ser
     if version.state != "shadow":
         raise ValueError(f"{version.version} is {version.state}: only shadows and provisional versions are promoted.")
     _same(request, serving, named=True)
-    # A retrain has shown no more than that it is as good as what it replaces.
-    retrain = serving is not None and bool(version.recipe) and version.recipe == serving.recipe
-    state: ModelState = serving.state if serving is not None and retrain else "champion"
+    # It has shown what it is worth beside the version that it replaces: where that was unproven, so is this one.
+    state: ModelState = "champion" if serving is not None and serving.state == "champion" else "provisional"
     return _release(registry, version, state, "promote", request.evidence)
 
 

@@ -66,19 +66,21 @@ def test_a_provisional_version_is_promoted_and_a_repeat_changes_nothing() -> Non
     assert ask(registry, "promote", "v1", "v1") == Settled(step.version)
 
 
-def test_a_retrain_takes_the_state_of_what_it_replaces_and_another_recipe_is_champion() -> None:
-    for state, recipe, expected in (
-        ("champion", "r", "champion"),
-        ("provisional", "r", "provisional"),
-        ("champion", "other", "champion"),
-        ("provisional", "other", "champion"),
-        ("provisional", "", "champion"),
-    ):
-        registry = fold(*served("v1", state, 7), shadow("v2", recipe))
-        step = ask(registry, "promote", "v2", "v1")
-        assert facts(step) == ("released", "v2", expected, "promote", "v1")
-        take(registry, step)
-        assert ask(registry, "promote", "v2", "v1") == Settled(registry.find("v2")[0])
+@pytest.mark.parametrize("recipe", ["r", "another"])
+@pytest.mark.parametrize("state", ["champion", "provisional"])
+def test_what_beats_an_unproven_version_is_unproven_itself(state: str, recipe: str) -> None:
+    registry = fold(*served("v1", state, 7), shadow("v2", recipe))
+    step = ask(registry, "promote", "v2", "v1")
+    assert facts(step) == ("released", "v2", state, "promote", "v1")
+    take(registry, step)
+    assert ask(registry, "promote", "v2", "v1") == Settled(registry.find("v2")[0])
+    if state == "provisional":
+        assert facts(ask(registry, "promote", "v2", "v2")) == ("released", "v2", "champion", "promote", "v2")
+
+
+def test_a_shadow_that_follows_nobody_begins_unproven() -> None:
+    registry = fold(shadow("v1"))
+    assert facts(ask(registry, "promote", "v1")) == ("released", "v1", "provisional", "promote", None)
 
 
 def test_a_decision_against_a_version_that_no_longer_serves_is_void() -> None:
