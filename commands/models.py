@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 RELEASE_SECONDS = 60.0  # the trainer waits thirty for the emitter
 READ_SECONDS = 60.0  # for the models' events, of which there are at most some thousands
 DECISIONS = 200  # the newest on a version that `show` tells
+SHOWN = 16  # entries of a list in one line
 BRIEF = 3  # figures of some evidence in a column
 HAND = "hand"
 
@@ -265,6 +266,8 @@ def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     for key, item in value.items():
         if isinstance(item, dict):
             lines += _flat(item, f"{prefix}{key}.")
+        elif isinstance(item, list) and (len(item) > SHOWN or any(isinstance(one, (list, dict)) for one in item)):
+            lines.append((f"{prefix}{key}", f"{len(item)} entries, which --json shows"))
         else:
             lines.append((f"{prefix}{key}", item))
     return lines
