@@ -153,6 +153,17 @@ def _asking(commands: Any) -> None:
     tail.add_argument("--timeframe", metavar="TF", help="of this timeframe only")
     tail.add_argument("--limit", type=count, metavar="N", help="end after N signals")
 
+    verify = _command(
+        commands, "verify", "commands.verify:verify", "make signals again and say whether they are identical", json=True
+    )
+    verify.add_argument("signal", metavar="SIGNAL_ID", nargs="?", help="this one")
+    verify.add_argument(
+        "--sample", type=count, metavar="N", help="N signals by chance, half of them of the newest bars"
+    )
+    verify.add_argument("--seed", type=int, metavar="S", help="of the chance, so that a sample can be drawn again")
+    verify.add_argument("--all", action="store_true", help="every archived signal")
+    verify.add_argument("--symbol", metavar="S", help="of this symbol only")
+
     gaps = _command(
         commands, "gaps", "commands.gaps:gaps", "what is missing of the archived candles and why", json=True
     )

@@ -22,11 +22,12 @@ from nats.js.errors import APIError, NotFoundError
 
 from actors.artifacts import Artifacts
 from actors.core.hashing import signal_id
+from actors.core.ingest import digest_text
 from actors.core.serving import ModelRefused, ServedModel, build_signal, decide, expires_at, judged_at, makes_signal
 from actors.core.timeframe import end_time
 from bus.client import BusUnavailable, Outgoing, outgoing
 from bus.consume import Delivery, Done, Outcome, Reader, StreamReplaced, consume, find, last_message
-from bus.subjects import FEATURES, MODELS, SIGNAL_AGAIN, SIGNALS
+from bus.subjects import CANDLE, FEATURES, FEATURES_AT, MODELS, RECEIVED_AT, SIGNAL_AGAIN, SIGNALS
 from bus.supervise import Context, run_tasks, serve
 from bus.telemetry import cursor_lag, cursor_lag_seconds, signal_seconds, signals_total, trace_headers
 from bus.topology import model_name
@@ -305,7 +306,10 @@ class Emitter:
         block = delivery.message
         activation = self._serving(block.timeframe, block.candles_seq)
         now = datetime.now(UTC)
-        headers = trace_headers(delivery.headers)
+        headers = trace_headers(delivery.headers) | {
+            RECEIVED_AT: block.received_at.isoformat(),
+            FEATURES_AT: datetime.fromtimestamp(delivery.stored_at, UTC).isoformat(),
+        }
         out: list[Outgoing] = []
         for row in block.rows:
             if not makes_signal(row):
@@ -318,7 +322,8 @@ class Emitter:
             signals_total.inc(abstain=signal.abstain or "none")
             # A correction that is taken back makes the first signal again: the same id, and yet another message.
             msg_id = _msg_id(signal)
-            out.append(outgoing(SIGNALS, signal, block.timeframe, block.symbol, msg_id=msg_id, headers=headers))
+            own = headers | {CANDLE: digest_text(row)}
+            out.append(outgoing(SIGNALS, signal, block.timeframe, block.symbol, msg_id=msg_id, headers=own))
         if len(block.rows) == 1 and not block.replay:
             signal_seconds.observe((now - block.received_at).total_seconds())
         return Done(tuple(out))
