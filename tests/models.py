@@ -9,7 +9,15 @@ from functools import cache
 import msgspec
 
 from actors.core.forest import TrainOptions
-from actors.core.manifest import MANIFEST_FILE, ONNX_FILE, PICKLE_FILE, Manifest, build_manifest, version_name
+from actors.core.manifest import (
+    MANIFEST_FILE,
+    ONNX_FILE,
+    PICKLE_FILE,
+    PREDICTIONS_FILE,
+    Manifest,
+    build_manifest,
+    version_name,
+)
 from actors.core.training import Trained, train
 from bus.client import Bus
 from bus.subjects import MODELS
@@ -23,7 +31,7 @@ def files(seed: int = 1, symbols: tuple[str, ...] = ("EURUSD",)) -> dict[str, by
     data = dataset({symbol: random_walk(3_000, seed=seed + i) for i, symbol in enumerate(symbols)})
     result = train(data, TrainOptions(bar_seconds=60, trees=10, folds=2, min_rows=1_000, seed=seed))
     assert isinstance(result, Trained), result
-    made = {PICKLE_FILE: result.model_pkl, ONNX_FILE: result.model_onnx}
+    made = {PICKLE_FILE: result.model_pkl, ONNX_FILE: result.model_onnx, PREDICTIONS_FILE: result.predictions}
     created = datetime(2025, 1, seed, tzinfo=UTC)
     manifest = build_manifest(
         result.report,

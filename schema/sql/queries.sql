@@ -395,11 +395,42 @@ INSERT INTO model_metrics (created_at, model_name, metrics) VALUES ($1, $2, $3::
 SELECT symbol, count(*) AS rows, min(ts) AS first_ts, max(ts) AS last_ts
 FROM trainset WHERE timeframe = $1 GROUP BY symbol ORDER BY symbol;
 
+-- Beside each row stand the bars of its trade: the next one, which it enters at its open, and the fifth following one,
+-- which it leaves at its close. A chunk reads five bars beyond its newest row, so that chunks may be cut anywhere.
 -- name: trainset_rows
 -- timeframe, symbol, before (exclusive), limit; newest first, read on with the last row's ts
-SELECT ts, close, volume, spread, rsi, macd, macd_signal, macd_hist, atr, ma60, ret_1, fwd_ret_5
-FROM trainset WHERE timeframe = $1 AND symbol = $2 AND ts < $3
-ORDER BY ts DESC LIMIT $4;
+WITH chunk AS MATERIALIZED (
+    SELECT ts, close, volume, spread, rsi, macd, macd_signal, macd_hist, atr, ma60, ret_1, fwd_ret_5
+    FROM trainset WHERE timeframe = $1 AND symbol = $2 AND ts < $3
+    ORDER BY ts DESC LIMIT $4
+), span AS MATERIALIZED (
+    SELECT min(c.ts) AS first, (
+        SELECT max(later.ts) FROM (
+            SELECT f.ts FROM features AS f
+            WHERE f.symbol = $2 AND f.timeframe = $1 AND f.ts >= max(c.ts) ORDER BY f.ts LIMIT 6
+        ) AS later
+    ) AS last
+    FROM chunk AS c
+), bars AS (
+    SELECT ts, lead(ts, 1) OVER w AS entry_ts, lead(close, 1) OVER w AS entry_close, lead(spread, 1) OVER w AS entry_spread,
+        lead(close, 5) OVER w AS exit_close, lead(spread, 5) OVER w AS exit_spread
+    FROM features
+    WHERE symbol = $2 AND timeframe = $1 AND ts >= (SELECT first FROM span) AND ts <= (SELECT last FROM span)
+    WINDOW w AS (ORDER BY ts)
+), opens AS (
+    SELECT ts, open FROM market_data
+    WHERE symbol = $2 AND timeframe = $1 AND ts > (SELECT first FROM span) AND ts <= (SELECT last FROM span)
+)
+SELECT chunk.*, opens.open AS entry_open, bars.entry_spread, bars.entry_close, bars.exit_spread, bars.exit_close
+FROM chunk JOIN bars USING (ts) LEFT JOIN opens ON opens.ts = bars.entry_ts
+ORDER BY chunk.ts DESC;
+
+-- Whether the archive has a series from its first bar on, and how many bars it has.
+-- name: series_ends
+-- timeframe, symbol
+SELECT
+    (SELECT bar FROM features WHERE symbol = $2 AND timeframe = $1 ORDER BY ts LIMIT 1) AS first_bar,
+    (SELECT bar FROM features WHERE symbol = $2 AND timeframe = $1 ORDER BY ts DESC LIMIT 1) AS last_bar;
 
 -- --- clock restatements ---------------------------------------------------------------------------------------------
 
