@@ -400,30 +400,29 @@ FROM trainset WHERE timeframe = $1 GROUP BY symbol ORDER BY symbol;
 -- name: trainset_rows
 -- timeframe, symbol, before (exclusive), limit; newest first, read on with the last row's ts
 WITH chunk AS MATERIALIZED (
-    SELECT ts, close, volume, spread, rsi, macd, macd_signal, macd_hist, atr, ma60, ret_1, fwd_ret_5
-    FROM trainset WHERE timeframe = $1 AND symbol = $2 AND ts < $3
-    ORDER BY ts DESC LIMIT $4
-), span AS MATERIALIZED (
-    SELECT min(c.ts) AS first, (
-        SELECT max(later.ts) FROM (
-            SELECT f.ts FROM features AS f
-            WHERE f.symbol = $2 AND f.timeframe = $1 AND f.ts >= max(c.ts) ORDER BY f.ts LIMIT 6
-        ) AS later
-    ) AS last
-    FROM chunk AS c
-), bars AS (
-    SELECT ts, lead(ts, 1) OVER w AS entry_ts, lead(close, 1) OVER w AS entry_close, lead(spread, 1) OVER w AS entry_spread,
-        lead(close, 5) OVER w AS exit_close, lead(spread, 5) OVER w AS exit_spread
-    FROM features
-    WHERE symbol = $2 AND timeframe = $1 AND ts >= (SELECT first FROM span) AND ts <= (SELECT last FROM span)
-    WINDOW w AS (ORDER BY ts)
-), opens AS (
-    SELECT ts, open FROM market_data
-    WHERE symbol = $2 AND timeframe = $1 AND ts > (SELECT first FROM span) AND ts <= (SELECT last FROM span)
+    SELECT min(ts) AS first, max(ts) AS last FROM (
+        SELECT ts FROM trainset WHERE timeframe = $1 AND symbol = $2 AND ts < $3 ORDER BY ts DESC LIMIT $4
+    ) AS newest
+), after AS MATERIALIZED (
+    SELECT max(ts) AS last FROM (
+        SELECT ts FROM features
+        WHERE symbol = $2 AND timeframe = $1 AND ts >= (SELECT last FROM chunk) ORDER BY ts LIMIT 6
+    ) AS trade
 )
-SELECT chunk.*, opens.open AS entry_open, bars.entry_spread, bars.entry_close, bars.exit_spread, bars.exit_close
-FROM chunk JOIN bars USING (ts) LEFT JOIN opens ON opens.ts = bars.entry_ts
-ORDER BY chunk.ts DESC;
+SELECT ts, close, volume, spread, rsi, macd, macd_signal, macd_hist, atr, ma60, ret_1, fwd_ret_5,
+    entry_open, entry_spread, entry_close, exit_spread, exit_close
+FROM (
+    SELECT f.*, lead(m.open, 1) OVER w AS entry_open, lead(f.spread, 1) OVER w AS entry_spread,
+        lead(f.close, 1) OVER w AS entry_close, lead(f.spread, 5) OVER w AS exit_spread,
+        lead(f.close, 5) OVER w AS exit_close
+    FROM features AS f LEFT JOIN market_data AS m
+        ON m.symbol = f.symbol AND m.timeframe = f.timeframe AND m.ts = f.ts
+    WHERE f.symbol = $2 AND f.timeframe = $1
+        AND f.ts >= (SELECT first FROM chunk) AND f.ts <= (SELECT last FROM after)
+    WINDOW w AS (ORDER BY f.ts)
+) AS bars
+WHERE ready AND fwd_ret_5 IS NOT NULL AND ts_source <> 'assumed' AND ts <= (SELECT last FROM chunk)
+ORDER BY ts DESC;
 
 -- Whether the archive has a series from its first bar on, and how many bars it has.
 -- name: series_ends
