@@ -397,6 +397,7 @@ FROM trainset WHERE timeframe = $1 GROUP BY symbol ORDER BY symbol;
 
 -- Beside each row stand the bars of its trade: the next one, which it enters at its open, and the fifth following one,
 -- which it leaves at its close. A chunk reads five bars beyond its newest row, so that chunks may be cut anywhere.
+-- The open is looked up row by row: of a join a planner without statistics makes a loop in a loop.
 -- name: trainset_rows
 -- timeframe, symbol, before (exclusive), limit; newest first, read on with the last row's ts
 WITH chunk AS MATERIALIZED (
@@ -410,16 +411,14 @@ WITH chunk AS MATERIALIZED (
     ) AS trade
 )
 SELECT ts, close, volume, spread, rsi, macd, macd_signal, macd_hist, atr, ma60, ret_1, fwd_ret_5,
-    entry_open, entry_spread, entry_close, exit_spread, exit_close
+    (SELECT open FROM market_data AS m WHERE m.symbol = $2 AND m.timeframe = $1 AND m.ts = bars.entry_ts) AS entry_open,
+    entry_spread, entry_close, exit_spread, exit_close
 FROM (
-    SELECT f.*, lead(m.open, 1) OVER w AS entry_open, lead(f.spread, 1) OVER w AS entry_spread,
-        lead(f.close, 1) OVER w AS entry_close, lead(f.spread, 5) OVER w AS exit_spread,
-        lead(f.close, 5) OVER w AS exit_close
-    FROM features AS f LEFT JOIN market_data AS m
-        ON m.symbol = f.symbol AND m.timeframe = f.timeframe AND m.ts = f.ts
-    WHERE f.symbol = $2 AND f.timeframe = $1
-        AND f.ts >= (SELECT first FROM chunk) AND f.ts <= (SELECT last FROM after)
-    WINDOW w AS (ORDER BY f.ts)
+    SELECT *, lead(ts, 1) OVER w AS entry_ts, lead(spread, 1) OVER w AS entry_spread, lead(close, 1) OVER w AS entry_close,
+        lead(spread, 5) OVER w AS exit_spread, lead(close, 5) OVER w AS exit_close
+    FROM features
+    WHERE symbol = $2 AND timeframe = $1 AND ts >= (SELECT first FROM chunk) AND ts <= (SELECT last FROM after)
+    WINDOW w AS (ORDER BY ts)
 ) AS bars
 WHERE ready AND fwd_ret_5 IS NOT NULL AND ts_source <> 'assumed' AND ts <= (SELECT last FROM chunk)
 ORDER BY ts DESC;

@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -15,6 +16,7 @@ from actors.core import forest, serving
 from actors.core.features import FeatureState
 from actors.core.inputs import SCALE_FREE_V1
 from actors.core.manifest import Manifest, ModelFile
+from actors.core.outliers import fit_outliers
 from actors.core.serving import Answer, Decision, ModelRefused, OnnxModel, ServedModel
 from schema.messages import CandleBlock, FeatureRow, ModelState
 from tests import oracles_ml
@@ -113,6 +115,23 @@ def test_a_served_model_answers_for_its_symbols(market: tuple[Any, Any, bytes]) 
     assert prob == pytest.approx(float(model.predict_proba(inputs)[0, 1]), abs=1e-5)
     assert served.prob_up("GBPUSD", ROW) is None
     assert served.prob_up("EURUSD", structs.replace(ROW, ready=False)) is None
+
+
+def test_a_model_knows_what_is_unlike_its_training(market: tuple[Any, Any, bytes]) -> None:
+    x, _, graph = market
+    detector = fit_outliers(x, SCALE_FREE_V1)
+    served = ServedModel(manifest_of(graph, outliers=detector), graph)
+    prob = served.prob_up("EURUSD", ROW)
+    assert served.answer("EURUSD", ROW) == Answer(prob, False)
+    wild = structs.replace(ROW, atr=0.3)  # a price a thousandfold, some bars ago
+    assert served.answer("EURUSD", wild) == Answer(served.prob_up("EURUSD", wild), True)
+    assert served.answer("GBPUSD", ROW) == serving.NO_ANSWER
+    assert served.answer("EURUSD", structs.replace(ROW, ready=False)) == serving.NO_ANSWER
+    # A version from before there was a detector still serves.
+    older = msgspec.json.decode(msgspec.json.encode(manifest_of(graph)))
+    del older["outliers"]
+    known = ServedModel(msgspec.convert(older, Manifest), graph)
+    assert known.answer("EURUSD", wild) == Answer(served.prob_up("EURUSD", wild), False)
 
 
 def test_a_model_unlike_its_manifest_is_refused(market: tuple[Any, Any, bytes]) -> None:
