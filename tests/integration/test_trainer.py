@@ -305,6 +305,7 @@ def test_the_child_dies_with_its_parent(tmp_path: Path) -> None:
     parent = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
     try:
         assert parent.stdout is not None
+        assert parent.stdout.readline() == b"guard\n"
         assert parent.stdout.readline().startswith(b"fold 1")
         children = psutil.Process(parent.pid).children(recursive=True)
         training = [c for c in children if "spawn_main" in " ".join(c.cmdline())]

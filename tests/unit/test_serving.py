@@ -121,12 +121,12 @@ def test_a_model_knows_what_is_unlike_its_training(market: tuple[Any, Any, bytes
     x, _, graph = market
     detector = fit_outliers(x, SCALE_FREE_V1)
     served = ServedModel(manifest_of(graph, outliers=detector), graph)
-    prob = served.prob_up("EURUSD", ROW)
-    assert served.answer("EURUSD", ROW) == Answer(prob, False)
-    wild = structs.replace(ROW, atr=0.3)  # a price a thousandfold, some bars ago
+    usual = oracles_ml.feature_rows(oracles_ml.leaning(1_000, seed=5))[-100]
+    assert served.answer("EURUSD", usual) == Answer(served.prob_up("EURUSD", usual), False)
+    wild = structs.replace(usual, atr=0.3)  # a price a thousandfold, some bars ago
     assert served.answer("EURUSD", wild) == Answer(served.prob_up("EURUSD", wild), True)
-    assert served.answer("GBPUSD", ROW) == serving.NO_ANSWER
-    assert served.answer("EURUSD", structs.replace(ROW, ready=False)) == serving.NO_ANSWER
+    assert served.answer("GBPUSD", usual) == serving.NO_ANSWER
+    assert served.answer("EURUSD", structs.replace(usual, ready=False)) == serving.NO_ANSWER
     # A version from before there was a detector still serves.
     older = msgspec.json.decode(msgspec.json.encode(manifest_of(graph)))
     del older["outliers"]
