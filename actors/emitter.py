@@ -23,7 +23,16 @@ from nats.js.errors import APIError, NotFoundError
 from actors.artifacts import Artifacts
 from actors.core.hashing import signal_id
 from actors.core.ingest import digest_text
-from actors.core.serving import ModelRefused, ServedModel, build_signal, decide, expires_at, judged_at, makes_signal
+from actors.core.serving import (
+    NO_ANSWER,
+    ModelRefused,
+    ServedModel,
+    build_signal,
+    decide,
+    expires_at,
+    judged_at,
+    makes_signal,
+)
 from actors.core.timeframe import end_time
 from bus.client import BusUnavailable, Outgoing, outgoing
 from bus.consume import Delivery, Done, Outcome, Reader, StreamReplaced, consume, find, last_message
@@ -373,7 +382,7 @@ class Emitter:
         decision = decide(
             row,
             block.symbol,
-            model.prob_up(block.symbol, row) if model is not None else None,
+            model.answer(block.symbol, row) if model is not None else NO_ANSWER,
             model.manifest if model is not None else None,
             activation.state if activation is not None else None,
             judged_at=judged_at(block, end),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -22,9 +22,9 @@ from nats.errors import Error as NatsError
 
 from actors.core import signing, verdicts
 from actors.core.manifest import (
+    ARTIFACTS,
     MANIFEST_FILE,
     ONNX_FILE,
-    PICKLE_FILE,
     SIGNATURE_FILE,
     Manifest,
     build_manifest,
@@ -32,10 +32,10 @@ from actors.core.manifest import (
 )
 from actors.core.registry import Version
 from actors.core.schedule import Schedule, parse_schedule
-from actors.core.spool import pack
+from actors.core.spool import pack, pack_bars
 from actors.core.verdicts import Progress, TrainRequest, Verdict
 from actors.workshop import files, shelf
-from actors.workshop.child import Job, RunFailed, run_child
+from actors.workshop.child import Bars, Job, RunFailed, Serving, run_child
 from actors.workshop.desk import Desk
 from actors.workshop.keys import KeysUnusable, signing_key
 from bus.client import BusUnavailable
@@ -47,6 +47,10 @@ from bus.topology import model_name
 from schema.timeframes import SECONDS, canonical
 
 CHUNK_ROWS: Final = 20_000
+GUARD_BARS: Final = (
+    1_000_000  # of all symbols together, read for the leak guard: 10 s of reading, 0.6 µs each to compute
+)
+PART_BARS: Final = 100_000
 STORE_BUDGET: Final = 60.0  # seconds that a run's result waits for PostgreSQL or NATS
 RETRY_EVERY: Final = 1.0
 END_OF_TIME: Final = datetime(9999, 1, 1, tzinfo=UTC)
@@ -234,11 +238,14 @@ class Trainer:
                     chunk = await self._store.fetch("trainset_rows", timeframe, symbol, before, min(left, CHUNK_ROWS))
                     if not chunk:
                         break
-                    await asyncio.to_thread(_spool, file, chunk)
+                    await asyncio.to_thread(_spool, file, pack, chunk)
                     before, left = chunk[-1]["ts"], left - len(chunk)
+        bars = await self._read_bars(timeframe, folder, symbols)
         return Job(
             folder=str(folder),
             symbols=symbols,
+            bars=bars,
+            champion=await asyncio.to_thread(self._champion, model_name(timeframe)),
             options={
                 "bar_seconds": SECONDS[timeframe],
                 "seed": settings.seed if seed is None else seed,
@@ -252,11 +259,68 @@ class Trainer:
             },
         )
 
+    async def _read_bars(self, timeframe: str, folder: Path, symbols: Sequence[str]) -> list[Bars]:
+        """Spools the bars from which the leak guard computes features again: whole series while they fit the budget.
+
+        The shortest come first, so that as many symbols as possible are checked; where no series is whole, one goes in part.
+        """
+        whole: list[tuple[int, str]] = []
+        for symbol in symbols:
+            ends = await self._store.fetchrow("series_ends", timeframe, symbol)
+            if ends is not None and ends["first_bar"] == 1:
+                whole.append((int(ends["last_bar"]), symbol))
+        chosen: list[Bars] = []
+        left = GUARD_BARS
+        for count, symbol in sorted(whole):
+            if count > left:
+                break
+            read = await self._read_series(timeframe, symbol, folder / f"{len(chosen)}.bars", GUARD_BARS)
+            left -= read
+            # Fewer bars than its features count: some are no longer there, and what follows them cannot be made again.
+            if read:
+                chosen.append(Bars(symbol=symbol, complete=read >= count))
+        if not chosen and symbols:
+            read = await self._read_series(timeframe, symbols[0], folder / "0.bars", PART_BARS)
+            chosen = [Bars(symbol=symbols[0], complete=False)] if read else []
+        return chosen
+
+    async def _read_series(self, timeframe: str, symbol: str, path: Path, limit: int) -> int:
+        """Spools a series' oldest bars; how many there were."""
+        read, after = 0, None
+        with path.open("wb") as file:
+            while read < limit:
+                chunk = await self._store.fetch("series_rows", symbol, timeframe, after, min(CHUNK_ROWS, limit - read))
+                if not chunk:
+                    break
+                await asyncio.to_thread(_spool, file, pack_bars, chunk)
+                read, after = read + len(chunk), chunk[-1]["ts"]
+        return read
+
+    def _champion(self, name: str) -> Serving | None:
+        """What serves, to be compared with on the same rows; None where nothing does or its manifest is not here."""
+        serving = self._desk.registry.serving(name)
+        if serving is None:
+            return None
+        folder = self._models / name / serving.version
+        try:
+            manifest = msgspec.json.decode((folder / MANIFEST_FILE).read_bytes(), type=Manifest)
+        except (OSError, msgspec.DecodeError) as error:
+            self.log.warning("the champion is not compared", action="trainer.champion", error=str(error))
+            return None
+        return Serving(
+            version=serving.version,
+            graph=str(folder / ONNX_FILE),
+            sha256=manifest.files[ONNX_FILE].sha256 if ONNX_FILE in manifest.files else "",
+            feature_set=manifest.feature_set,
+            symbols=manifest.symbols,
+            last_ts=int(manifest.last_ts.timestamp()),
+        )
+
     def _store_files(
         self, folder: Path, name: str, timeframe: str, created: datetime, report: dict[str, Any]
     ) -> tuple[str, Path]:
         """Completes the version's folder with its signed manifest and gives it its name, whole or not at all."""
-        artifacts = {file: (folder / "version" / file).read_bytes() for file in (PICKLE_FILE, ONNX_FILE)}
+        artifacts = {file: (folder / "version" / file).read_bytes() for file in ARTIFACTS}
         version = version_name(created, artifacts[ONNX_FILE])
         manifest = build_manifest(
             report,
@@ -309,5 +373,5 @@ def _schedule(text: str | None) -> Schedule | None:
         raise ConfigurationError(f"[trainer] schedule: {error}") from error
 
 
-def _spool(file: BinaryIO, rows: list[Row]) -> None:
-    file.write(pack(rows))
+def _spool(file: BinaryIO, pack_rows: Callable[[Iterable[Any]], bytes], rows: list[Row]) -> None:
+    file.write(pack_rows(rows))

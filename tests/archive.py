@@ -5,10 +5,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Final
 
 import aiohttp
+
+from actors.core.batching import reduce_features
+from actors.core.series import SeriesState, append
+from bus.store import Store
+from schema.messages import Candle, FeatureBlock, FeatureRow
+from tests.builders import LIVE, final_rows
+from tests.oracles_ml import Bars
 
 PATIENCE: Final = 60.0
 SENTINEL: Final = "SENTINEL"
@@ -58,6 +65,28 @@ async def _table(connection: Any, query: str) -> Table:
 def bits(value: Any) -> Any:
     """A float as text that only the same float has."""
     return value.hex() if isinstance(value, float) else value
+
+
+async def archive_bars(store: Store, symbol: str, bars: Bars, timeframe: str = "M1") -> list[FeatureRow]:
+    """Archives a series' bars with the features that the system computes of them, labels filled; returns the rows."""
+    columns = [column.tolist() for column in bars]
+    candles = [
+        Candle(ts=datetime.fromtimestamp(ts, UTC), open=o, high=h, low=lo, close=c, volume=1.0, spread=s)
+        for ts, o, h, lo, c, s in zip(*columns, strict=True)
+    ]
+    change = append(SeriesState(symbol, timeframe), candles, LIVE)
+    block = FeatureBlock(
+        symbol=symbol,
+        timeframe=timeframe,
+        candles_seq=1,
+        rows=tuple(change.rows),
+        fills=tuple(change.fills),
+        received_at=change.rows[-1].ts,
+    )
+    async with store.transaction() as connection:
+        for statement in reduce_features([block]).statements:
+            await connection.execute(store.sql(statement.query), *statement.columns)
+    return list(final_rows([block]).values())
 
 
 async def pass_through(url: str, connection: Any, number: int) -> None:

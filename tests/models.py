@@ -16,6 +16,7 @@ from actors.core.manifest import (
     MANIFEST_FILE,
     ONNX_FILE,
     PICKLE_FILE,
+    PREDICTIONS_FILE,
     SIGNATURE_FILE,
     Manifest,
     build_manifest,
@@ -49,7 +50,7 @@ def files(seed: int = 1, symbols: tuple[str, ...] = ("EURUSD",)) -> dict[str, by
     data = dataset({symbol: random_walk(3_000, seed=seed + i) for i, symbol in enumerate(symbols)})
     result = train(data, TrainOptions(bar_seconds=60, trees=10, folds=2, min_rows=1_000, seed=seed))
     assert isinstance(result, Trained), result
-    made = {PICKLE_FILE: result.model_pkl, ONNX_FILE: result.model_onnx}
+    made = {PICKLE_FILE: result.model_pkl, ONNX_FILE: result.model_onnx, PREDICTIONS_FILE: result.predictions}
     created = datetime(2025, 1, seed, tzinfo=UTC)
     manifest = build_manifest(
         result.report,

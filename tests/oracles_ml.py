@@ -11,9 +11,9 @@ import numpy as np
 import talib
 from numpy.typing import NDArray
 
+from actors.core.dataset import Dataset, History, TradeBars
 from actors.core.files import decode_lines, read_bars
 from actors.core.inputs import FeatureColumns
-from actors.core.training import Dataset
 from schema.messages import Candle, FeatureRow
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
@@ -26,6 +26,7 @@ class Bars(NamedTuple):
     """One series as columns."""
 
     ts: NDArray[np.int64]
+    open: Floats
     high: Floats
     low: Floats
     close: Floats
@@ -35,7 +36,7 @@ class Bars(NamedTuple):
 def bars_of(candles: list[Candle]) -> Bars:
     return Bars(
         np.array([int(c.ts.timestamp()) for c in candles], dtype=np.int64),
-        *(np.array([getattr(c, name) for c in candles]) for name in ("high", "low", "close", "spread")),
+        *(np.array([getattr(c, name) for c in candles]) for name in ("open", "high", "low", "close", "spread")),
     )
 
 
@@ -51,7 +52,7 @@ def random_walk(n: int, *, seed: int, price: float = 1.1, spread: float = 8.0, s
     before = np.concatenate(([price], close[:-1]))
     high = np.maximum(before, close) + np.round(rng.exponential(5e-5, n), 5)
     low = np.minimum(before, close) - np.round(rng.exponential(5e-5, n), 5)
-    return Bars(MONDAY + step * np.arange(n), high, low, close, np.full(n, spread))
+    return Bars(MONDAY + step * np.arange(n), before, high, low, close, np.full(n, spread))
 
 
 def leaning(n: int, *, seed: int, lean: float = 0.2) -> Bars:
@@ -69,7 +70,8 @@ def leaning(n: int, *, seed: int, lean: float = 0.2) -> Bars:
     bars = random_walk(n, seed=seed)
     width = rng.exponential(5e-5, n)
     before = np.concatenate(([1.1], close[:-1]))
-    return bars._replace(close=close, high=np.maximum(before, close) + width, low=np.minimum(before, close) - width)
+    high, low = np.maximum(before, close) + width, np.minimum(before, close) - width
+    return bars._replace(open=before, close=close, high=high, low=low)
 
 
 def indicators(bars: Bars) -> dict[str, Floats]:
@@ -92,6 +94,16 @@ def indicators(bars: Bars) -> dict[str, Floats]:
     }
 
 
+def trade_bars(bars: Bars, rows: NDArray[np.int64]) -> TradeBars:
+    """The bars at which each row's trade enters and leaves."""
+    entry, leave = rows + 1, rows + 5
+    return TradeBars(bars.open[entry], bars.spread[entry], bars.close[entry], bars.spread[leave], bars.close[leave])
+
+
+def history(symbol: str, bars: Bars, *, complete: bool = True) -> History:
+    return History(symbol, complete, bars.ts, bars.high, bars.low, bars.close)
+
+
 def dataset(series: Mapping[str, Bars]) -> Dataset:
     """Ready, labelled rows of all series, as the archive's training set holds them."""
     parts = []
@@ -99,14 +111,18 @@ def dataset(series: Mapping[str, Bars]) -> Dataset:
         values = indicators(bars)
         rows = np.flatnonzero((np.arange(len(bars.ts)) >= 299) & np.isfinite(values["fwd_ret_5"]))
         columns = FeatureColumns(bars.ts, bars.close, *(values[name] for name in FeatureColumns._fields[2:])).take(rows)
-        parts.append((np.full(len(rows), i, dtype=np.int32), columns, bars.spread[rows], values["fwd_ret_5"][rows]))
-    symbol, columns, spread, fwd = zip(*parts, strict=True)
+        trades = trade_bars(bars, rows)
+        parts.append(
+            (np.full(len(rows), i, dtype=np.int32), columns, bars.spread[rows], values["fwd_ret_5"][rows], trades)
+        )
+    symbol, columns, spread, fwd, trades = zip(*parts, strict=True)
     return Dataset(
         tuple(series),
         np.concatenate(symbol),
         FeatureColumns(*(np.concatenate(c) for c in zip(*columns, strict=True))),
         np.concatenate(spread),
         np.concatenate(fwd),
+        TradeBars(*(np.concatenate(c) for c in zip(*trades, strict=True))),
     )
 
 
@@ -120,7 +136,7 @@ def feature_rows(bars: Bars) -> list[FeatureRow]:
     return [
         FeatureRow(
             ts=datetime.fromtimestamp(int(bars.ts[i]), UTC),
-            open=float(bars.close[i]),
+            open=float(bars.open[i]),
             high=float(bars.high[i]),
             low=float(bars.low[i]),
             close=float(bars.close[i]),

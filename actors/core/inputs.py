@@ -50,12 +50,16 @@ Inputs = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class FeatureSet:
-    """A named, versioned way from features to a model's inputs; a change of any value is a new name."""
+    """A named, versioned way from features to a model's inputs; a change of any value is a new name.
+
+    ``circular`` inputs say where on a circle (day, week) the bar lies, and nothing of the bar itself.
+    """
 
     name: str
     inputs: tuple[str, ...]
     of_row: Callable[[FeatureRow], Inputs | None]
     of_columns: Callable[[FeatureColumns], tuple[Inputs, NDArray[np.bool_]]]
+    circular: tuple[str, ...] = ()
 
 
 def _circles() -> list[tuple[float, float, float, float]]:
@@ -158,6 +162,12 @@ def scale_free_v1_columns(columns: FeatureColumns) -> tuple[Inputs, NDArray[np.b
     return values.astype(np.float32), usable
 
 
-SCALE_FREE_V1: Final = FeatureSet("scale_free_v1", _SCALE_FREE_V1, scale_free_v1, scale_free_v1_columns)
+SCALE_FREE_V1: Final = FeatureSet(
+    "scale_free_v1",
+    _SCALE_FREE_V1,
+    scale_free_v1,
+    scale_free_v1_columns,
+    circular=("week_sin", "week_cos", "day_sin", "day_cos"),
+)
 
 FEATURE_SETS: Final[dict[str, FeatureSet]] = {s.name: s for s in (SCALE_FREE_V1,)}

@@ -11,14 +11,16 @@ from hashlib import sha256
 from typing import Any, Final
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, convert
 
 from schema.messages import UtcTime
 
 ONNX_FILE: Final = "model.onnx"
 PICKLE_FILE: Final = "model.pkl"
+PREDICTIONS_FILE: Final = "predictions.npz"  # out-of-sample predictions, from which the report's figures come
 MANIFEST_FILE: Final = "manifest.json"
 SIGNATURE_FILE: Final = "manifest.sig"  # over the exact bytes of manifest.json
+ARTIFACTS: Final = (PICKLE_FILE, ONNX_FILE, PREDICTIONS_FILE)
 
 LABEL: Final = "fwd_ret_5 > 0"
 ALGORITHM: Final = "random forest, one sigmoid"  # another name where the same rows would be learnt from otherwise
@@ -37,11 +39,26 @@ class ModelFile(Struct, frozen=True, kw_only=True):
     size: int
 
 
+class Outliers(Struct, frozen=True, kw_only=True):
+    """The out-of-distribution detector's numbers; :mod:`actors.core.outliers` says how they are made and used.
+
+    ``columns`` are indexes of inputs, ``centre`` and ``scale`` theirs; a row of ``directions`` has one weight a column.
+    """
+
+    columns: tuple[int, ...]
+    centre: tuple[float, ...]
+    scale: tuple[float, ...]
+    directions: tuple[tuple[float, ...], ...]
+    limit: float
+
+
 class Manifest(Struct, frozen=True, kw_only=True):
     """What ``manifest.json`` says of a version; ``report`` holds the training's figures in full.
 
     ``threshold`` None: no edge was found. ``max_spread`` is in points by symbol, None where spreads are unknown.
-    ``expires_at`` is in market time. ``recipe`` is empty in manifests of before there were recipes.
+    ``expires_at`` is in market time. ``recipe`` is empty in manifests of before there were recipes. ``base_rate`` is the
+    share of rises that the model learnt from; ``outliers`` None: an older version, which takes every bar for one that it
+    knows.
     """
 
     name: str
@@ -61,6 +78,8 @@ class Manifest(Struct, frozen=True, kw_only=True):
     max_spread: dict[str, float | None] = {}
     report: dict[str, Any] = {}
     recipe: str = ""
+    base_rate: float = 0.5
+    outliers: Outliers | None = None
 
 
 def recipe_name(report: Mapping[str, Any], timeframe: str) -> str:
@@ -108,4 +127,6 @@ def build_manifest(
         max_spread=report["max_spread"],
         report=dict(report),
         recipe=recipe_name(report, timeframe),
+        base_rate=report["train_rate"],
+        outliers=None if report["outliers"] is None else convert(report["outliers"], Outliers),
     )

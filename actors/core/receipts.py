@@ -11,7 +11,7 @@ from msgspec import Struct, structs
 from actors.core.hashing import signal_id
 from actors.core.ingest import digest_text
 from actors.core.rebuild import INDICATORS, PRICES, Rebuilder, Rebuilt, Wanted
-from actors.core.serving import ServedModel, build_signal, decide, expires_at, makes_signal
+from actors.core.serving import NO_ANSWER, ServedModel, build_signal, decide, expires_at, makes_signal
 from actors.core.timeframe import end_time
 from schema.messages import ModelEvent, ModelState, Signal
 
@@ -195,7 +195,7 @@ def _made(
     decision = decide(
         row,
         symbol,
-        model.prob_up(symbol, row) if model is not None else None,
+        model.answer(symbol, row) if model is not None else NO_ANSWER,
         model.manifest if model is not None else None,
         state,
         judged_at=end,  # the archive says when a bar's age was judged, unless that was at its own end

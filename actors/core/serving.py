@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from actors.core.hashing import features_hash, signal_id
 from actors.core.inputs import FEATURE_SETS, FeatureSet
 from actors.core.manifest import MANIFEST_FILE, ONNX_FILE, Manifest, ModelRefused
+from actors.core.outliers import is_outlier
 from actors.core.sealed import check_file
 from schema.messages import Abstain, CandleBlock, FeatureBlock, FeatureRow, Label, ModelState, Signal
 
@@ -23,7 +24,9 @@ RUNTIME: Final = "onnxruntime"  # as a manifest's libraries name it
 
 __all__ = [  # the manifest's names too: who serves needs both
     "MANIFEST_FILE",
+    "NO_ANSWER",
     "ONNX_FILE",
+    "Answer",
     "Decision",
     "Manifest",
     "ModelRefused",
@@ -65,6 +68,21 @@ class OnnxModel:
             raise ValueError(f"one row at a time, got {len(inputs)}")
         return float(self._session.run(("prob_up",), {"inputs": inputs})[0][0])
 
+    def prob_up_of_rows(self, inputs: NDArray[np.float32]) -> NDArray[np.float64]:
+        """The same of many rows at once, up to float32's last bit: for scores, never for a signal."""
+        prob: NDArray[np.float64] = self._session.run(("prob_up",), {"inputs": inputs})[0].astype(np.float64)
+        return prob
+
+
+class Answer(NamedTuple):
+    """``prob_up`` None: the row is not ready, its inputs are undefined, or the model was not trained on the symbol."""
+
+    prob_up: float | None
+    outlier: bool
+
+
+NO_ANSWER: Final = Answer(None, False)
+
 
 class ServedModel:
     """A verified version: its manifest, its graph and the feature set that feeds it.
@@ -105,6 +123,18 @@ class ServedModel:
         inputs = self.feature_set.of_row(row)
         return None if inputs is None else self._onnx.prob_up(inputs)
 
+    def outlier(self, inputs: NDArray[np.float32]) -> bool:
+        """Whether a row's inputs are unlike those that the model learnt from; False of a version without a detector."""
+        detector = self.manifest.outliers
+        return detector is not None and is_outlier(detector, inputs)
+
+    def answer(self, symbol: str, row: FeatureRow) -> Answer:
+        """What the model says of a row, and whether it knows such rows."""
+        if symbol not in self.manifest.symbols:
+            return NO_ANSWER
+        inputs = self.feature_set.of_row(row)
+        return NO_ANSWER if inputs is None else Answer(self._onnx.prob_up(inputs), self.outlier(inputs))
+
 
 # --- decisions ---------------------------------------------------------------------------------------------------
 
@@ -141,7 +171,7 @@ def expires_at(ts: datetime, bar_end: datetime) -> datetime:
 def decide(
     row: FeatureRow,
     symbol: str,
-    prob_up: float | None,
+    answer: Answer,
     manifest: Manifest | None,
     state: ModelState | None,
     *,
@@ -150,7 +180,7 @@ def decide(
 ) -> Decision:
     """From a probability to a label, or to the first reason that forbids one.
 
-    ``prob_up`` None with a model that knows the symbol means that the row's inputs are undefined: ``warming``.
+    An answer without ``prob_up`` of a model that knows the symbol means that the row's inputs are undefined: ``warming``.
 
     A bar's age is judged once, when its first live version comes. A correction, or what is computed again because of an
     earlier bar's, may come hours later: it brings better values, and the feed was no staler for it. So the row's own
@@ -162,6 +192,7 @@ def decide(
         return Decision(None, 0, None, "warming")
     if manifest is None or symbol not in manifest.symbols:
         return Decision(None, 0, None, "no_model")
+    prob_up = answer.prob_up
     if prob_up is None:
         return Decision(None, 0, manifest.threshold, "warming")
     threshold = manifest.threshold
@@ -175,6 +206,8 @@ def decide(
         reason = "stale_feed"
     elif limit is not None and row.spread > limit:
         reason = "spread"
+    elif answer.outlier:
+        reason = "out_of_distribution"
     elif row.ts > manifest.expires_at:
         reason = "model_expired"
     if reason is not None or threshold is None:

@@ -1,13 +1,13 @@
 """From labelled feature rows to a calibrated forest, its ONNX graph and an honest account of what it is worth.
 
-``train`` is pure: the same dataset and options give the same model. The walk-forward fits and calibrates in each fold
-exactly as the final model is made.
+``train`` is pure: the same dataset and options give the same model. The leak guard comes first; then the walk-forward fits
+and calibrates in each fold exactly as the final model is made.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,63 +18,31 @@ import onnxruntime
 import skl2onnx
 import sklearn
 from msgspec import structs
-from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
-from actors.core import evaluate
-from actors.core.evaluate import Bools, Floats, Ints
-from actors.core.forest import PARITY_ROWS, TrainOptions, fit, parity, to_onnx, two_classes
-from actors.core.inputs import FEATURE_SETS, FeatureColumns, Inputs
-from actors.core.spool import FIELDS
+from actors.core import evaluate, leaks
+from actors.core.charts import equity, importance
+from actors.core.dataset import Dataset, History, inputs_of
+from actors.core.evaluate import Candidate, Ints
+from actors.core.figures import SUSPICIOUS_AUC, Champion, figures
+from actors.core.forest import CALIBRATION_SHARE, PARITY_ROWS, TrainOptions, fit, parity, to_onnx, two_classes
+from actors.core.inputs import FEATURE_SETS, FeatureSet, Inputs
+from actors.core.outliers import fit_outliers, outlier_rate
+from actors.core.walk import Progress, no_progress, walk
 
 PARITY_LIMIT: Final = 1e-5
-SUSPICIOUS_AUC: Final = 0.65  # real minute bars give about 0.52, the simulator's known edge at most 0.60
 MAX_SPREAD_QUANTILE: Final = 0.99
-
-Progress = Callable[[str, float], None]
-
-
-def no_progress(stage: str, done: float) -> None:
-    """Says nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Dataset:
-    """Ready, labelled feature rows of all symbols, in any order; columns of one length, NaN for null.
-
-    ``symbol`` indexes ``symbols``; ``columns.ts`` is epoch seconds; ``spread`` in points, 0 = unknown.
-    """
-
-    symbols: tuple[str, ...]
-    symbol: NDArray[np.int32]
-    columns: FeatureColumns
-    spread: Floats
-    fwd_ret_5: Floats
-
-    def take(self, rows: Ints) -> Dataset:
-        return Dataset(
-            self.symbols, self.symbol[rows], self.columns.take(rows), self.spread[rows], self.fwd_ret_5[rows]
-        )
-
-
-def from_spool(symbols: Sequence[str], spools: Sequence[bytes]) -> Dataset:
-    """The dataset of rows packed by :mod:`actors.core.spool`, one spool a symbol."""
-    kind = np.dtype([("ts", "<i8"), *((name, "<f8") for name in FIELDS)])
-    parts = [np.frombuffer(spool, kind) for spool in spools]
-    rows = np.concatenate(parts) if parts else np.empty(0, kind)
-    symbol = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])
-    columns = FeatureColumns(*(np.ascontiguousarray(rows[name]) for name in FeatureColumns._fields))
-    return Dataset(tuple(symbols), symbol, columns, rows["spread"].copy(), rows["fwd_ret_5"].copy())
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A model that may serve. ``report`` is JSON-able and goes into the manifest and model_metrics."""
+    """A model that may serve. ``report`` is JSON-able and goes into the manifest and model_metrics.
+
+    ``predictions`` are the walk-forward's, out of sample, as :func:`actors.core.figures.pack` lays them out.
+    """
 
     model_pkl: bytes
     model_onnx: bytes
+    predictions: bytes
     report: dict[str, Any]
 
 
@@ -86,11 +54,18 @@ class Refused:
     report: dict[str, Any]
 
 
-# --- a run -------------------------------------------------------------------------------------------------------
+def train(
+    dataset: Dataset,
+    options: TrainOptions,
+    progress: Progress = no_progress,
+    *,
+    histories: Sequence[History] = (),
+    champion: Champion | None = None,
+) -> Trained | Refused:
+    """Guards, evaluates by walk-forward, then fits on everything, exports and compares; refusals are values.
 
-
-def train(dataset: Dataset, options: TrainOptions, progress: Progress = no_progress) -> Trained | Refused:
-    """Evaluates by walk-forward, then fits on everything, exports and compares; refusals are values."""
+    ``histories`` are bars of some symbols, from which the guard computes their features again.
+    """
     data, kept, left_out = _enough(dataset, options)
     report: dict[str, Any] = {
         "auc": None,
@@ -107,25 +82,45 @@ def train(dataset: Dataset, options: TrainOptions, progress: Progress = no_progr
         reason = f"Too few rows: {options.min_rows} ready rows of one symbol are needed, the most there are is {most}."
         return Refused(f"{reason} Load more history, or lower [trainer] min_rows.", report)
     feature_set = FEATURE_SETS[options.feature_set]
-    x, usable = feature_set.of_columns(data.columns)
-    usable &= np.isfinite(data.fwd_ret_5)
-    rows = np.flatnonzero(usable)
-    rows = rows[np.lexsort((data.symbol[rows], data.columns.ts[rows]))]
+    data = data.in_order()
+    x, usable = inputs_of(data, feature_set)
+    progress("guard", 0.0)
+    histories = [history for history in histories if history.symbol in kept]
+    bits = leaks.check_prefixes(data, x, usable, feature_set, histories, options)
+    report["guard"] = {"prefix": bits.report}
+    if bits.refusal is not None:
+        return Refused(bits.refusal, report)
+    rows = np.flatnonzero(usable & np.isfinite(data.fwd_ret_5))
     data, x = data.take(rows), x[rows]
-    ts, up, tie = data.columns.ts, data.fwd_ret_5 > 0, data.fwd_ret_5 == 0
-    learn = np.flatnonzero(~tie)
+    ts, sign = data.columns.ts, data.sign
+    up, learn = sign > 0, np.flatnonzero(sign != 0)
     report |= {
         "rows": len(learn),
-        "ties": int(tie.sum()),
+        "ties": int((sign == 0).sum()),
         "feature_set": feature_set.name,
         "inputs": feature_set.inputs,
     }
     if not two_classes(up[learn]):
         return Refused("All labels are the same: a model needs returns of both signs to learn from.", report)
-    report |= {"first_ts": int(ts[0]), "last_ts": int(ts[-1]), "max_spread": _max_spreads(data, kept)}
-    report |= _walk(x, data, up, tie, options, progress)
+    report |= {
+        "first_ts": int(ts[0]),
+        "last_ts": int(ts[-1]),
+        "max_spread": _max_spreads(data, kept),
+        "train_rate": float(up[learn].mean()),
+    }
+    controls = leaks.check_controls(x, data, feature_set, options)
+    report["guard"] |= controls.report
+    if controls.refusal is not None:
+        return Refused(controls.refusal, report)
+    found = walk(x, ts, sign, options, progress)
+    if found is None:
+        return Refused(_ONE_SIGN, report)
+    progress("figures", 0.8)
+    trades = data.trades(options.points, options.spreads)
+    scores, predictions = figures(data, found, trades, options, champion)
+    report |= scores
     if report["auc"] is None:
-        return Refused("No fold of the walk-forward has returns of both signs: load more history.", report)
+        return Refused(_ONE_SIGN, report)
     if report["suspicious"]:
         best = max(auc for auc in (report["auc"], report["logistic"]["auc"]) if auc is not None)
         reason = (
@@ -133,7 +128,13 @@ def train(dataset: Dataset, options: TrainOptions, progress: Progress = no_progr
             f"{SUSPICIOUS_AUC:g}: look for an input that knows the future, mend it and train again."
         )
         return Refused(reason, report)
-    progress("fit", 0.8)
+    candidates = [Candidate(**c) for c in report["candidates"]]
+    report |= {
+        "importance": importance(x, data, found, feature_set.inputs, options),
+        "equity": equity(data, found, trades, candidates, report["threshold"], options),
+        "outliers": _outliers(x, ts, feature_set, options),
+    }
+    progress("fit", 0.85)
     model = fit(x[learn], up[learn], ts[learn], options)
     if model is None:
         return Refused("All labels of the newest rows are the same: load more history.", report)
@@ -148,7 +149,10 @@ def train(dataset: Dataset, options: TrainOptions, progress: Progress = no_progr
         return Refused(f"The ONNX graph differs from the pickle by {difference:.2g}, above {PARITY_LIMIT:g}.", report)
     pickle = io.BytesIO()
     joblib.dump(model, pickle, compress=3)
-    return Trained(pickle.getvalue(), served, report)
+    return Trained(pickle.getvalue(), served, predictions, report)
+
+
+_ONE_SIGN: Final = "No fold of the walk-forward has returns of both signs: load more history."
 
 
 def _enough(data: Dataset, options: TrainOptions) -> tuple[Dataset, list[str], dict[str, int]]:
@@ -169,118 +173,17 @@ def _max_spreads(data: Dataset, symbols: list[str]) -> dict[str, float | None]:
     return out
 
 
-def costs(data: Dataset, options: TrainOptions) -> tuple[Floats, Floats]:
-    """Per row the cost of trading at its bar and at the bar where its trade ends; NaN where unknown."""
-    entry, leave = np.full(len(data.spread), np.nan), np.full(len(data.spread), np.nan)
-    for i, name in enumerate(data.symbols):
-        own = np.flatnonzero(data.symbol == i)
-        if len(own):
-            point, spread = options.points.get(name), options.spreads.get(name)
-            entry[own] = evaluate.cost(data.spread[own], data.columns.close[own], point, spread)
-            leave[own] = entry[own][evaluate.exit_rows(data.columns.ts[own], bar_seconds=options.bar_seconds)]
-    return entry, leave
-
-
-def _walk(x: Inputs, data: Dataset, up: Bools, tie: Bools, options: TrainOptions, progress: Progress) -> dict[str, Any]:
-    """The walk-forward's figures: the forest's, beside those of the base rate and of a logistic regression.
-
-    AUC ranks the forest's votes, whether or not a fold's sigmoid kept them; the other figures judge what would be served.
-    Ties are neither learnt nor scored, but they are traded, and cost.
-    """
-    ts = data.columns.ts
-    folds: list[dict[str, Any]] = []
-    parts: list[tuple[Ints, Ints, Floats, Floats, Floats, Floats]] = []
-    splits = evaluate.walk_forward(ts, folds=options.folds, bar_seconds=options.bar_seconds)
-    for k, fold in enumerate(splits):
-        progress(f"fold {k + 1} of {len(splits)}", 0.8 * k / len(splits))
-        learn = fold.train[~tie[fold.train]]
-        model = fit(x[learn], up[learn], ts[learn], options)
-        if model is None:
-            continue
-        linear = make_pipeline(StandardScaler(), LogisticRegression()).fit(x[learn], up[learn])
-        votes, test, scored = model.votes(x[fold.test]), fold.test, ~tie[fold.test]
-        prob = model.calibrate(votes)
-        parts.append(
-            (
-                test,
-                np.full(len(test), k),
-                votes,
-                prob,
-                linear.predict_proba(x[test])[:, 1],
-                np.full(len(test), up[learn].mean()),
-            )
-        )
-        folds.append(
-            {
-                "train_rows": len(learn),
-                "test_rows": int(scored.sum()),
-                "train_last_ts": int(ts[learn].max()),
-                "test_first_ts": int(ts[test].min()),
-                "test_last_ts": int(ts[test].max()),
-                "auc": evaluate.auc(up[test][scored], votes[scored]),
-                "brier": evaluate.brier(up[test][scored], prob[scored]) if scored.any() else None,
-                "slope": model.slope,
-            }
-        )
-    if not parts:
-        return {"folds": folds}
-    test, number, votes, prob, linear_prob, base = (np.concatenate(p) for p in zip(*parts, strict=True))
-    return {"folds": folds} | _figures(data, up, tie, test, number, votes, prob, linear_prob, base, options)
-
-
-def _figures(
-    data: Dataset,
-    up: Bools,
-    tie: Bools,
-    test: Ints,
-    fold: Ints,
-    votes: Floats,
-    prob: Floats,
-    linear: Floats,
-    base: Floats,
-    options: TrainOptions,
-) -> dict[str, Any]:
-    """Out-of-sample figures of all folds together; arrays are by test row."""
-    block = evaluate.time_blocks(data.columns.ts[test], bar_seconds=options.bar_seconds)
-    scored, won = ~tie[test], up[test]
-    cell = fold * len(data.symbols) + data.symbol[test]
-
-    def ranked(score: Floats) -> dict[str, Any]:
-        auc = evaluate.auc_in_cells(won[scored], score[scored], cell[scored], block[scored], seed=options.seed)
-        return {"auc": auc.value, "auc_ci": None if auc.value is None else [auc.low, auc.high]}
-
-    def judged(p: Floats) -> dict[str, float]:
-        return {"brier": evaluate.brier(won[scored], p[scored]), "log_loss": evaluate.log_loss(won[scored], p[scored])}
-
-    figures: dict[str, Any] = ranked(votes)
-    if figures["auc"] is None:
-        return {}
-    logistic = ranked(linear)
-    entry, leave = costs(data, options)
-    candidates = evaluate.thresholds(prob, data.fwd_ret_5[test], entry[test], leave[test], block, seed=options.seed)
-    return (
-        figures
-        | judged(prob)
-        | {
-            "suspicious": max(figures["auc"], logistic["auc"] or 0.0) > SUSPICIOUS_AUC,
-            "hit_rate": evaluate.hit_rate(won[scored], prob[scored]),
-            "test_rows": int(scored.sum()),
-            "base_rate": {"rate": float(won[scored].mean())} | judged(base),
-            "logistic": logistic | judged(linear),
-            "threshold": evaluate.choose(candidates),
-            "candidates": [
-                {
-                    "threshold": c.threshold,
-                    "trades": c.trades,
-                    "hit_rate": c.hit_rate,
-                    "gross_mean": c.gross_mean,
-                    "net_mean": c.net_mean,
-                    "net_low": c.net_low,
-                }
-                for c in candidates
-            ],
-        }
-    )
+def _outliers(x: Inputs, ts: Ints, feature_set: FeatureSet, options: TrainOptions) -> dict[str, Any] | None:
+    """The detector of the rows that the final forest learns from, and its rates there and on the later block."""
+    parts = evaluate.later_block(ts, share=CALIBRATION_SHARE, bar_seconds=options.bar_seconds)
+    detector = fit_outliers(x[parts.train], feature_set)
+    if detector is None:
+        return None
+    rates = {
+        "train_rate": outlier_rate(detector, x[parts.train]),
+        "validation_rate": outlier_rate(detector, x[parts.test]),
+    }
+    return structs.asdict(detector) | rates
 
 
 def libraries() -> dict[str, str]:

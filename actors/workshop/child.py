@@ -12,26 +12,53 @@ import platform
 import signal
 import threading
 from collections.abc import Awaitable, Callable
+from hashlib import sha256
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from actors.core.manifest import ONNX_FILE, PICKLE_FILE
+from actors.core.manifest import ONNX_FILE, PICKLE_FILE, PREDICTIONS_FILE
 from actors.core.verdicts import Progress
 from actors.workshop.files import write
+
+if TYPE_CHECKING:
+    from actors.core.figures import Champion
 
 RUN_BUDGET: Final = 3_600.0  # seconds of one training
 CHILD_NICE: Final = 10
 
 
+class Bars(msgspec.Struct, frozen=True, kw_only=True):
+    """A symbol whose bars were spooled for the leak guard; ``complete``: from the series' first bar on."""
+
+    symbol: str
+    complete: bool
+
+
+class Serving(msgspec.Struct, frozen=True, kw_only=True):
+    """The version that serves: its graph's file and SHA-256, and the newest row (epoch seconds) that it learnt from."""
+
+    version: str
+    graph: str
+    sha256: str
+    feature_set: str
+    symbols: tuple[str, ...]
+    last_ts: int
+
+
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What the child is told: where the rows lie, where the artifacts go, and ``TrainOptions`` as a mapping."""
+    """What the child is told: where the rows lie, where the artifacts go, and ``TrainOptions`` as a mapping.
+
+    Rows are in ``<i>.rows`` by symbol, the bars of ``bars[i]`` in ``<i>.bars``.
+    """
 
     folder: str
     symbols: list[str]
     options: dict[str, Any]
+    bars: list[Bars] = []
+    champion: Serving | None = None
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -95,8 +122,8 @@ def _child(sender: connection.Connection, data: bytes) -> None:
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[variable] = "1"  # before numpy comes in: the other core is the hot path's
 
-    from actors.core import training
-    from actors.core.forest import TrainOptions  # only here: scikit-learn's memory stays in this process
+    from actors.core import dataset, training  # only here: scikit-learn's memory stays in this process
+    from actors.core.forest import TrainOptions
 
     job = msgspec.json.decode(data, type=Job)
     folder = Path(job.folder)
@@ -105,15 +132,37 @@ def _child(sender: connection.Connection, data: bytes) -> None:
     def tell(stage: str, done: float) -> None:
         sender.send_bytes(msgspec.json.encode(Step(stage=stage, done=done)))
 
-    dataset = training.from_spool(job.symbols, [(folder / f"{i}.rows").read_bytes() for i in range(len(job.symbols))])
-    outcome = training.train(dataset, options, tell)
+    def spool(name: str) -> bytes:
+        return (folder / name).read_bytes()
+
+    rows = dataset.from_spool(job.symbols, [spool(f"{i}.rows") for i in range(len(job.symbols))])
+    histories = [
+        dataset.history_from_spool(bars.symbol, bars.complete, spool(f"{i}.bars")) for i, bars in enumerate(job.bars)
+    ]
+    champion, note = (None, "") if job.champion is None else _champion(job.champion)
+    outcome = training.train(rows, options, tell, histories=histories, champion=champion)
+    outcome.report["champion_note"] = note
     outcome.report["libraries"]["python"] = platform.python_version()
     reason = outcome.reason if isinstance(outcome, training.Refused) else ""
     if isinstance(outcome, training.Trained):
         (folder / "version").mkdir()
         write(folder / "version" / PICKLE_FILE, outcome.model_pkl)
         write(folder / "version" / ONNX_FILE, outcome.model_onnx)
+        write(folder / "version" / PREDICTIONS_FILE, outcome.predictions)
     sender.send_bytes(msgspec.json.encode(Result(reason=reason, report=outcome.report)))
+
+
+def _champion(serving: Serving) -> tuple[Champion | None, str]:
+    """The version that serves, or why a new one cannot be compared with it here."""
+    from actors.core.figures import Champion
+
+    try:
+        graph = Path(serving.graph).read_bytes()
+    except OSError:
+        return None, f"{serving.version} was not compared: its {ONNX_FILE} is not on this machine."
+    if sha256(graph).hexdigest() != serving.sha256:
+        return None, f"{serving.version} was not compared: its {ONNX_FILE} here is not the one its manifest names."
+    return Champion(serving.version, graph, serving.feature_set, serving.symbols, serving.last_ts), ""
 
 
 def _die_with_parent() -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Final
 
 from actors.artifacts import Artifacts
-from actors.core.manifest import MANIFEST_FILE, ONNX_FILE, PICKLE_FILE, SIGNATURE_FILE
+from actors.core.manifest import ARTIFACTS, MANIFEST_FILE, PICKLE_FILE, SIGNATURE_FILE
 from actors.workshop import files
 from bus.artifacts import remove_artifact
 from bus.client import Bus
 
 # Who finds the manifest finds the others; who removes it first leaves nothing that looks whole.
-ORDER: Final = (PICKLE_FILE, ONNX_FILE, SIGNATURE_FILE, MANIFEST_FILE)
+ORDER: Final = (*ARTIFACTS, SIGNATURE_FILE, MANIFEST_FILE)
 
 
 async def restore(artifacts: Artifacts, models: Path, name: str, version: str) -> list[str]:

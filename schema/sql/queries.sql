@@ -430,11 +430,40 @@ INSERT INTO model_metrics (created_at, model_name, metrics) VALUES ($1, $2, $3::
 SELECT symbol, count(*) AS rows, min(ts) AS first_ts, max(ts) AS last_ts
 FROM trainset WHERE timeframe = $1 GROUP BY symbol ORDER BY symbol;
 
+-- Beside each row stand the bars of its trade: the next one, which it enters at its open, and the fifth following one,
+-- which it leaves at its close. A chunk reads five bars beyond its newest row, so that chunks may be cut anywhere.
+-- The open is looked up row by row: of a join a planner without statistics makes a loop in a loop.
 -- name: trainset_rows
 -- timeframe, symbol, before (exclusive), limit; newest first, read on with the last row's ts
-SELECT ts, close, volume, spread, rsi, macd, macd_signal, macd_hist, atr, ma60, ret_1, fwd_ret_5
-FROM trainset WHERE timeframe = $1 AND symbol = $2 AND ts < $3
-ORDER BY ts DESC LIMIT $4;
+WITH chunk AS MATERIALIZED (
+    SELECT min(ts) AS first, max(ts) AS last FROM (
+        SELECT ts FROM trainset WHERE timeframe = $1 AND symbol = $2 AND ts < $3 ORDER BY ts DESC LIMIT $4
+    ) AS newest
+), after AS MATERIALIZED (
+    SELECT max(ts) AS last FROM (
+        SELECT ts FROM features
+        WHERE symbol = $2 AND timeframe = $1 AND ts >= (SELECT last FROM chunk) ORDER BY ts LIMIT 6
+    ) AS trade
+)
+SELECT ts, close, volume, spread, rsi, macd, macd_signal, macd_hist, atr, ma60, ret_1, fwd_ret_5,
+    (SELECT open FROM market_data AS m WHERE m.symbol = $2 AND m.timeframe = $1 AND m.ts = bars.entry_ts) AS entry_open,
+    entry_spread, entry_close, exit_spread, exit_close
+FROM (
+    SELECT *, lead(ts, 1) OVER w AS entry_ts, lead(spread, 1) OVER w AS entry_spread, lead(close, 1) OVER w AS entry_close,
+        lead(spread, 5) OVER w AS exit_spread, lead(close, 5) OVER w AS exit_close
+    FROM features
+    WHERE symbol = $2 AND timeframe = $1 AND ts >= (SELECT first FROM chunk) AND ts <= (SELECT last FROM after)
+    WINDOW w AS (ORDER BY ts)
+) AS bars
+WHERE ready AND fwd_ret_5 IS NOT NULL AND ts_source <> 'assumed' AND ts <= (SELECT last FROM chunk)
+ORDER BY ts DESC;
+
+-- Whether the archive has a series from its first bar on, and how many bars it has.
+-- name: series_ends
+-- timeframe, symbol
+SELECT
+    (SELECT bar FROM features WHERE symbol = $2 AND timeframe = $1 ORDER BY ts LIMIT 1) AS first_bar,
+    (SELECT bar FROM features WHERE symbol = $2 AND timeframe = $1 ORDER BY ts DESC LIMIT 1) AS last_bar;
 
 -- --- clock restatements ---------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from actors.core.files import decode_lines, read_bars
-from actors.core.manifest import MANIFEST_FILE, ONNX_FILE, PICKLE_FILE, Manifest
+from actors.core.manifest import ARTIFACTS, MANIFEST_FILE, ONNX_FILE, PICKLE_FILE, Manifest
 from actors.core.series import SeriesState, append
 from actors.core.serving import ServedModel
 from schema.messages import Signal, SignalList
@@ -82,14 +82,14 @@ def test_the_first_version_serves_provisionally_and_is_kept_whole_everywhere(tra
     assert manifest.symbols == (SYMBOL,)
     # The files, the link to the pickle, and the object store's copies are the manifest's.
     assert (system.home / "models" / f"{NAME}.pkl").resolve() == (folder / PICKLE_FILE).resolve()
-    assert set(manifest.files) == {PICKLE_FILE, ONNX_FILE}
+    assert set(manifest.files) == set(ARTIFACTS)
     for name, entry in manifest.files.items():
         stored = (folder / name).read_bytes()
         assert (sha256(stored).hexdigest(), len(stored)) == (entry.sha256, entry.size)
 
     async def copies() -> dict[str, bytes]:
         async with system.bus() as bus:
-            names = (PICKLE_FILE, ONNX_FILE, MANIFEST_FILE)
+            names = (*ARTIFACTS, MANIFEST_FILE)
             return {name: await bus.get_object(f"{NAME}/{version}/{name}") for name in names}
 
     for name, stored in asyncio.run(copies()).items():

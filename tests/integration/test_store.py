@@ -268,6 +268,51 @@ async def test_trainset_holds_ready_rows_with_their_label(store: Store) -> None:
     assert [(r["ts"], r["fwd_ret_5"]) for r in newest] == [(T0 + 4 * MINUTE, 0.0)]
 
 
+async def test_trainset_rows_bring_the_bars_of_their_trades_however_they_are_cut(store: Store) -> None:
+    minutes = [m for m in range(40) if m not in (11, 12, 30)]  # bars are missing, and one is not ready
+    bars = [
+        msgspec.structs.replace(
+            row(m, ready=m not in (0, 20), fwd_ret_5=None if m in (5, 38) or m > minutes[-6] else 0.1),
+            open=1.1 + m / 1e3,
+            close=1.1 + m / 1e4,
+            spread=float(m),
+        )
+        for m in minutes
+    ]
+    other = [msgspec.structs.replace(bar, open=9.0, close=9.0, high=9.0) for bar in bars]
+    await archive(store, [block(1, *bars), block(2, *other, symbol="GBPUSD")])
+    expected = [
+        (bar.ts, entry.open, entry.spread, entry.close, leave.spread, leave.close)
+        for i, bar in enumerate(bars)
+        if bar.ready and bar.fwd_ret_5 is not None
+        for entry, leave in [(bars[i + 1], bars[i + 5])]
+    ]
+    names = ("ts", "entry_open", "entry_spread", "entry_close", "exit_spread", "exit_close")
+    for size in (1, 2, 5, 7, 100):
+        read: list[tuple[Any, ...]] = []
+        before = T0 + 1_000 * MINUTE
+        while chunk := await store.fetch("trainset_rows", "M1", "EURUSD", before, size):
+            read += [tuple(r[name] for name in names) for r in chunk]
+            before = chunk[-1]["ts"]
+        assert read[::-1] == expected, f"chunks of {size}"
+    assert len(expected) > 25
+    assert await store.fetch("trainset_rows", "M1", "X", before, 5) == []
+    assert tuple(await store.fetchrow("series_ends", "M1", "EURUSD")) == (0, 39)  # type: ignore[arg-type]
+    assert tuple(await store.fetchrow("series_ends", "M5", "EURUSD")) == (None, None)  # type: ignore[arg-type]
+
+
+async def test_a_trade_whose_bar_is_not_archived_has_no_price(store: Store) -> None:
+    await archive(store, [block(1, *(row(i, fwd_ret_5=0.1 if i < 6 else None) for i in range(12)))])
+    async with store.connection() as connection:
+        await connection.execute("DELETE FROM market_data WHERE ts = $1", T0 + 5 * MINUTE)
+    rows = await store.fetch("trainset_rows", "M1", "EURUSD", T0 + 100 * MINUTE, 100)
+    assert [(r["ts"], r["entry_open"]) for r in rows] == [
+        (T0 + 5 * MINUTE, 1.1),
+        (T0 + 4 * MINUTE, None),
+        (T0 + 3 * MINUTE, 1.1),
+    ]
+
+
 # --- signals and models ----------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -23,7 +23,7 @@ import pytest
 import structlog
 
 from actors.core.inputs import SCALE_FREE_V1
-from actors.core.manifest import Manifest
+from actors.core.manifest import ARTIFACTS, Manifest
 from actors.core.serving import ServedModel
 from actors.core.verdicts import Progress, Verdict
 from actors.emitter import Emitter
@@ -32,10 +32,11 @@ from bus.client import Bus
 from bus.store import Store
 from bus.subjects import MODELS, PROMOTE, ROLLBACK, TRAIN
 from bus.supervise import Context
-from schema.messages import ModelEvent
+from schema.messages import FeatureRow, ModelEvent
 from schema.settings import Settings, Symbol
 from schema.settings import Trainer as TrainerSettings
 from tests import oracles_ml
+from tests.archive import archive_bars
 from tests.builders import read_until, running
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,28 +55,9 @@ async def store(pg_url: str) -> AsyncIterator[Store]:
     await store.close()
 
 
-async def load(store: Store, symbol: str, bars: int, seed: int = 1) -> list[Any]:
-    """Feature rows of a market with an edge, straight into the archive."""
-    rows = oracles_ml.feature_rows(oracles_ml.leaning(bars, seed=seed))
-    names = (
-        "close",
-        "volume",
-        "spread",
-        "rsi",
-        "macd",
-        "macd_signal",
-        "macd_hist",
-        "atr",
-        "ma60",
-        "ret_1",
-        "fwd_ret_5",
-    )
-    table: list[Sequence[Any]] = [
-        (r.ts, symbol, "M1", *(getattr(r, n) for n in names), r.ready, r.bar, 0, i + 1, i + 1, "utc")
-        for i, r in enumerate(rows)
-    ]
-    await store.execute("upsert_features", *(list(column) for column in zip(*table, strict=True)))
-    return rows
+async def load(store: Store, symbol: str, bars: int, seed: int = 1) -> list[FeatureRow]:
+    """The bars and feature rows of a market with an edge, as the recorder would archive them."""
+    return await archive_bars(store, symbol, oracles_ml.leaning(bars, seed=seed, lean=0.12))
 
 
 async def ask(bus: Bus, subject: str, **request: Any) -> Verdict:
@@ -114,7 +96,7 @@ async def test_a_models_life(bus: Bus, nats_url: str, pg_url: str, store: Store,
 
         folder = home / "models" / "rf_m1" / str(first.version)
         assert first.path == str(folder)
-        assert {p.name for p in folder.iterdir()} == {"model.pkl", "model.onnx", "manifest.json", "manifest.sig"}
+        assert {p.name for p in folder.iterdir()} == {*ARTIFACTS, "manifest.json", "manifest.sig"}
         manifest = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=Manifest)
         for name, file in manifest.files.items():
             data = (folder / name).read_bytes()
@@ -122,6 +104,10 @@ async def test_a_models_life(bus: Bus, nats_url: str, pg_url: str, store: Store,
             assert await bus.get_object(f"rf_m1/{first.version}/{name}") == data
         assert manifest.symbols == ("EURUSD.m",)
         assert manifest.report["left_out"] == {}
+        assert manifest.report["guard"]["prefix"]["from_first_bar"] == ["EURUSD.m"]
+        assert manifest.report["baselines"]["champion"] is None
+        assert manifest.outliers is not None
+        assert manifest.base_rate == manifest.report["train_rate"]
         assert manifest.last_ts == rows[-6].ts
         assert (manifest.expires_at - manifest.last_ts).days == 90
         assert set(manifest.libraries) >= {"python", "scikit-learn", "onnxruntime", "skl2onnx", "numpy"}
@@ -134,6 +120,9 @@ async def test_a_models_life(bus: Bus, nats_url: str, pg_url: str, store: Store,
         second = await ask(bus, TRAIN, timeframe="M1", seed=4)
         assert (second.ok, second.verdict, second.serving) == (True, "shadow", False)
         assert str(second.version) in second.message
+        beside = msgspec.json.decode((Path(str(second.path)) / "manifest.json").read_bytes(), type=Manifest).report
+        # The champion learnt from these very rows: there are none on which it could be compared fairly.
+        assert (beside["baselines"]["champion"], beside["champion_note"]) == (None, "")
         assert link.readlink().parts[1] == first.version
 
         promoted = await ask(bus, PROMOTE, version=second.version, reason="looks better")
@@ -308,7 +297,7 @@ asyncio.run(run_child(Job(folder=sys.argv[1], symbols=["X"], options={"bar_secon
 @pytest.mark.timeout(300)  # the children run at low priority: a busy machine starves them
 def test_the_child_dies_with_its_parent(tmp_path: Path) -> None:
     data = oracles_ml.dataset({"X": oracles_ml.random_walk(4_000, seed=1)})
-    packed = np.column_stack([data.columns.close, data.spread, *data.columns[2:], data.fwd_ret_5])
+    packed = np.column_stack([data.columns.close, data.spread, *data.columns[2:], data.fwd_ret_5, *data.bars])
     kind = np.dtype([("ts", "<i8"), ("values", "<f8", (packed.shape[1],))])
     rows = np.empty(len(packed), kind)
     rows["ts"], rows["values"] = data.columns.ts, packed
@@ -316,6 +305,7 @@ def test_the_child_dies_with_its_parent(tmp_path: Path) -> None:
     parent = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
     try:
         assert parent.stdout is not None
+        assert parent.stdout.readline() == b"guard\n"
         assert parent.stdout.readline().startswith(b"fold 1")
         children = psutil.Process(parent.pid).children(recursive=True)
         training = [c for c in children if "spawn_main" in " ".join(c.cmdline())]

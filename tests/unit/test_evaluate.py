@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sklearn import metrics
 
 from actors.core import evaluate
-from actors.core.evaluate import Candidate
+from actors.core.evaluate import Blocks, Candidate, Trades
 
 BAR = 60
 
@@ -72,10 +72,10 @@ def test_auc_is_averaged_within_cells() -> None:
     # Each cell ranks perfectly; against each other the cells are upside down.
     up = np.array([False, True, False, True])
     score = np.array([0.8, 0.9, 0.1, 0.2])
-    cell, block = np.array([0, 0, 1, 1]), np.arange(4)
+    cell, blocks = np.array([0, 0, 1, 1]), Blocks(np.arange(4), seed=1)
     assert evaluate.auc(up, score) == pytest.approx(0.75)
-    assert evaluate.auc_in_cells(up, score, cell, block, seed=1).value == 1.0
-    one_class = evaluate.auc_in_cells(np.ones(4, dtype=bool), score, cell, block, seed=1)
+    assert evaluate.auc_in_cells(up, score, cell, blocks).value == 1.0
+    one_class = evaluate.auc_in_cells(np.ones(4, dtype=bool), score, cell, blocks)
     assert one_class == evaluate.Auc(None, None, None)
 
 
@@ -88,12 +88,12 @@ def test_blocks_widen_the_interval_of_overlapping_labels() -> None:
     ts = np.arange(n, dtype=np.int64) * BAR
     blocks = evaluate.time_blocks(ts, bar_seconds=BAR)
     assert np.bincount(blocks).max() == evaluate.BLOCK_BARS
-    wide = evaluate.auc_in_cells(up, score, cell, blocks, seed=3)
-    narrow = evaluate.auc_in_cells(up, score, cell, np.arange(n), seed=3)
+    wide = evaluate.auc_in_cells(up, score, cell, Blocks(blocks, seed=3))
+    narrow = evaluate.auc_in_cells(up, score, cell, Blocks(np.arange(n), seed=3))
     assert None not in (wide.low, wide.high, narrow.low, narrow.high)
     assert wide.high - wide.low > 2.5 * (narrow.high - narrow.low)  # type: ignore[operator]
     assert wide.low < wide.value < wide.high  # type: ignore[operator]
-    assert evaluate.auc_in_cells(up, score, cell, blocks, seed=3) == wide
+    assert evaluate.auc_in_cells(up, score, cell, Blocks(blocks, seed=3)) == wide
 
 
 @pytest.mark.slow
@@ -105,7 +105,7 @@ def test_the_interval_covers_the_truth() -> None:
         noise = np.convolve(rng.standard_normal(n + 4), np.ones(5), "valid")  # five-bar labels
         score = np.convolve(rng.standard_normal(n + 19), np.ones(20), "valid")  # slow inputs
         blocks = evaluate.time_blocks(np.arange(n, dtype=np.int64) * BAR, bar_seconds=BAR)
-        ci = evaluate.auc_in_cells(noise > 0, score, np.zeros(n, dtype=np.int64), blocks, seed=seed)
+        ci = evaluate.auc_in_cells(noise > 0, score, np.zeros(n, dtype=np.int64), Blocks(blocks, seed=seed))
         covered += ci.low <= truth <= ci.high  # type: ignore[operator]
     assert covered >= 52  # of 60; redrawing single rows covers 34 of them
 
@@ -119,18 +119,11 @@ def test_cost_needs_spread_and_point() -> None:
     assert np.isnan(evaluate.cost(spread, close, None, 4.0)).all()
 
 
-def test_a_trade_ends_five_bars_on_where_they_are_there() -> None:
-    ts = np.array([0, 1, 2, 3, 4, 5, 7, 30, 31, 32], dtype=np.int64) * BAR
-    exits = evaluate.exit_rows(ts, bar_seconds=BAR)
-    assert exits.tolist() == [5, 6, 2, 3, 4, 5, 6, 7, 8, 9]
-
-
 def figures(
     prob: list[float], ret: list[float], entry: list[float], leave: list[float], repeat: int
 ) -> list[Candidate]:
-    arrays = [np.tile(np.array(a), repeat) for a in (prob, ret, entry, leave)]
-    block = np.arange(len(arrays[0])) // 60
-    return evaluate.thresholds(*arrays, block, seed=1)
+    up, *trade = [np.tile(np.array(a), repeat) for a in (prob, ret, entry, leave)]
+    return evaluate.thresholds(up, Trades(*trade), Blocks(np.arange(len(up)) // 60, seed=1))
 
 
 def test_longs_pay_at_entry_and_shorts_at_exit() -> None:
@@ -152,7 +145,7 @@ def test_unknown_costs_give_null_net_figures_and_no_threshold() -> None:
 
 def test_the_threshold_is_the_surest_of_those_with_enough_trades() -> None:
     def candidate(threshold: float, trades: int, low: float | None) -> Candidate:
-        return Candidate(threshold, trades, 0.5, 0.0, low, low)
+        return Candidate(threshold, trades, net_low=low)
 
     assert evaluate.choose([candidate(0.5, 5_000, 1e-6), candidate(0.55, 900, 3e-6), candidate(0.6, 199, 9e-6)]) == 0.55
     assert evaluate.choose([candidate(0.5, 5_000, -1e-6), candidate(0.55, 900, None)]) is None
@@ -164,12 +157,72 @@ def test_an_edge_is_found_beyond_its_cost_only() -> None:
     n = 20_000
     prob = rng.uniform(0.3, 0.7, n)
     ret = 4e-4 * (prob - 0.5) + 1e-4 * rng.standard_normal(n)
-    block = np.arange(n) // 60
-    dear, cheap = np.full(n, 2e-4), np.full(n, 4e-5)
-    assert evaluate.choose(evaluate.thresholds(prob, ret, dear, dear, block, seed=1)) is None
-    chosen = evaluate.choose(evaluate.thresholds(prob, ret, cheap, cheap, block, seed=1))
+    blocks = Blocks(np.arange(n) // 60, seed=1)
+    dear, cheap = (Trades(ret, np.full(n, c), np.full(n, c)) for c in (2e-4, 4e-5))
+    assert evaluate.choose(evaluate.thresholds(prob, dear, blocks)) is None
+    chosen = evaluate.choose(evaluate.thresholds(prob, cheap, blocks))
     assert chosen is not None
     assert chosen > 0.6
+
+
+def test_trades_of_unknown_outcome_are_not_counted() -> None:
+    prob, nan = np.full(600, 0.7), np.full(600, np.nan)
+    ret = np.where(np.arange(600) % 2, 0.02, np.nan)
+    (only,) = evaluate.thresholds(prob, Trades(ret, nan, nan), Blocks(np.arange(600) // 60, seed=1))
+    assert (only.trades, only.hit_rate, only.gross_mean) == (300, 1.0, pytest.approx(0.02))
+
+
+def test_a_mean_and_its_interval_come_from_whole_blocks() -> None:
+    rng = np.random.default_rng(8)
+    values = np.repeat(rng.standard_normal(200), 60)  # each block is one value
+    wide = Blocks(np.arange(12_000) // 60, seed=1).mean(values)
+    assert wide.value == pytest.approx(values.mean())
+    assert wide.high - wide.low == pytest.approx(2 * 1.96 / np.sqrt(200), rel=0.2)
+    assert wide.low < wide.floor < wide.value < wide.high
+    part = Blocks(np.arange(12_000) // 60, seed=1).take(np.arange(6_000)).mean(values[:6_000])
+    assert part.value == pytest.approx(values[:6_000].mean())
+    assert part.high - part.low == pytest.approx(2 * 1.96 / np.sqrt(100), rel=0.25)
+
+
+def test_the_calibration_curve_has_ten_equal_bins_or_as_many_as_there_are_values() -> None:
+    rng = np.random.default_rng(9)
+    prob = rng.uniform(0.4, 0.6, 10_000)
+    up = rng.random(10_000) < prob
+    blocks = Blocks(np.arange(10_000) // 60, seed=1)
+    curve = evaluate.calibration_curve(up, prob, blocks)
+    assert [b.count for b in curve] == [1_000] * 10
+    for b in curve:
+        own = (prob >= b.low) & ((prob < b.high) | (b is curve[-1]))
+        assert b.mean_prob == pytest.approx(prob[own].mean())
+        assert b.rate == pytest.approx(up[own].mean())
+        assert b.rate_ci[0] < b.rate < b.rate_ci[1]
+    (flat,) = evaluate.calibration_curve(up, np.full(10_000, 0.5), blocks)
+    assert (flat.low, flat.high, flat.count, flat.rate) == (0.5, 0.5, 10_000, pytest.approx(up.mean()))
+    two = evaluate.calibration_curve(up, np.where(np.arange(10_000) % 2, 0.4, 0.6), blocks)
+    assert sum(b.count for b in two) == 10_000
+
+
+def test_a_threshold_is_chosen_on_what_earlier_folds_had_brought() -> None:
+    """In the last fold the edge is gone: the choice made before must trade it all the same, and lose."""
+    rng = np.random.default_rng(3)
+    n = 12_000
+    ts, fold = np.arange(n, dtype=np.int64) * BAR, np.repeat([0, 1, 2], n // 3)
+    prob = rng.uniform(0.3, 0.7, n)
+    ret = np.where(fold == 2, -1.0, 1.0) * 1e-3 * (prob - 0.5) + 1e-5 * rng.standard_normal(n)
+    costs = np.full(n, 1e-5)
+    found = evaluate.nested_sides(
+        prob, ts, fold, Trades(ret, costs, costs), Blocks(np.arange(n) // 60, seed=1), bar_seconds=BAR
+    )
+    assert found.thresholds[0] is None
+    assert None not in (found.thresholds[1], found.thresholds[2])
+    assert (found.side[fold == 0] == 0).all()
+    last = fold == 2
+    np.testing.assert_array_equal(found.side[last], evaluate.sides(prob[last], float(found.thresholds[2] or 0)))
+    changed = np.where(last, -ret, ret)
+    again = evaluate.nested_sides(
+        prob, ts, fold, Trades(changed, costs, costs), Blocks(np.arange(n) // 60, seed=1), bar_seconds=BAR
+    )
+    assert again.thresholds == found.thresholds, "a fold's own outcomes do not choose its threshold"
 
 
 @settings(max_examples=30)

@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnxruntime
 import pytest
@@ -16,7 +17,8 @@ from actors.core import forest, serving
 from actors.core.features import FeatureState
 from actors.core.inputs import SCALE_FREE_V1
 from actors.core.manifest import Manifest, ModelFile
-from actors.core.serving import Decision, ModelRefused, OnnxModel, ServedModel
+from actors.core.outliers import fit_outliers
+from actors.core.serving import Answer, Decision, ModelRefused, OnnxModel, ServedModel
 from schema.messages import CandleBlock, FeatureRow, ModelState
 from tests import oracles_ml
 
@@ -116,6 +118,23 @@ def test_a_served_model_answers_for_its_symbols(market: tuple[Any, Any, bytes]) 
     assert served.prob_up("EURUSD", structs.replace(ROW, ready=False)) is None
 
 
+def test_a_model_knows_what_is_unlike_its_training(market: tuple[Any, Any, bytes]) -> None:
+    x, _, graph = market
+    detector = fit_outliers(x, SCALE_FREE_V1)
+    served = ServedModel(manifest_of(graph, outliers=detector), graph)
+    usual = oracles_ml.feature_rows(oracles_ml.leaning(1_000, seed=5))[-100]
+    assert served.answer("EURUSD", usual) == Answer(served.prob_up("EURUSD", usual), False)
+    wild = structs.replace(usual, atr=0.3)  # a price a thousandfold, some bars ago
+    assert served.answer("EURUSD", wild) == Answer(served.prob_up("EURUSD", wild), True)
+    assert served.answer("GBPUSD", usual) == serving.NO_ANSWER
+    assert served.answer("EURUSD", structs.replace(usual, ready=False)) == serving.NO_ANSWER
+    # A version from before there was a detector still serves.
+    older = msgspec.json.decode(msgspec.json.encode(manifest_of(graph)))
+    del older["outliers"]
+    known = ServedModel(msgspec.convert(older, Manifest), graph)
+    assert known.answer("EURUSD", wild) == Answer(served.prob_up("EURUSD", wild), False)
+
+
 def test_a_model_unlike_its_manifest_is_refused(market: tuple[Any, Any, bytes]) -> None:
     _, _, graph = market
     with pytest.raises(ModelRefused, match="not the one its manifest names"):
@@ -142,10 +161,11 @@ def decide(
     manifest: Manifest | None = MANIFEST,
     state: ModelState | None = "champion",
     late: bool = False,
+    outlier: bool = False,
 ) -> Decision:
     expires = serving.expires_at(TS, END)
     at = expires + timedelta(microseconds=1) if late else expires
-    return serving.decide(row, symbol, prob, manifest, state, judged_at=at, expires_at=expires)
+    return serving.decide(row, symbol, Answer(prob, outlier), manifest, state, judged_at=at, expires_at=expires)
 
 
 def test_labels_follow_the_threshold() -> None:
@@ -154,18 +174,16 @@ def test_labels_follow_the_threshold() -> None:
     assert decide(prob=0.44) == Decision(0.44, -1, 0.55, None)
 
 
+LAST = ("out_of_distribution", "model_expired")
+
+
 def test_reasons_take_precedence_in_their_order() -> None:
     """Everything is wrong at first; each step mends the reason that was given, and the next one shows."""
-    row, symbol, manifest, state, late = (
-        structs.replace(ROW, ready=False, spread=21.0),
-        "X",
-        MANIFEST,
-        "provisional",
-        True,
-    )
+    row, symbol, manifest, state = structs.replace(ROW, ready=False, spread=21.0), "X", MANIFEST, "provisional"
+    late = outlier = True
     manifest = structs.replace(manifest, threshold=None, expires_at=TS - timedelta(days=1))
     seen = []
-    for mend in ("", "warming", "no_model", "unproven", "no_edge", "stale_feed", "spread", "model_expired"):
+    for mend in ("", "warming", "no_model", "unproven", "no_edge", "stale_feed", "spread", *LAST):
         if mend == "warming":
             row = structs.replace(row, ready=True)
         elif mend == "no_model":
@@ -178,13 +196,15 @@ def test_reasons_take_precedence_in_their_order() -> None:
             late = False
         elif mend == "spread":
             row = structs.replace(row, spread=20.0)
+        elif mend == "out_of_distribution":
+            outlier = False
         elif mend == "model_expired":
             manifest = structs.replace(manifest, expires_at=TS)
-        decision = decide(row=row, symbol=symbol, manifest=manifest, state=state, late=late)  # type: ignore[arg-type]
+        decision = decide(row, symbol, 0.6, manifest, state, late, outlier)  # type: ignore[arg-type]
         seen.append(decision.abstain)
         assert (decision.prob_up is None) == (decision.abstain in ("warming", "no_model"))
         assert decision.label == (1 if decision.abstain is None else 0)
-    assert seen == ["warming", "no_model", "unproven", "no_edge", "stale_feed", "spread", "model_expired", None]
+    assert seen == ["warming", "no_model", "unproven", "no_edge", "stale_feed", "spread", *LAST, None]
 
 
 def test_without_a_model_there_is_no_probability() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,11 +12,12 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from actors.core import evaluate, forest, training
+from actors.core.dataset import Dataset, TradeBars, from_spool
 from actors.core.forest import CalibratedForest, TrainOptions
 from actors.core.inputs import SCALE_FREE_V1, FeatureColumns
 from actors.core.serving import OnnxModel
 from actors.core.spool import pack
-from actors.core.training import Dataset, Refused, Trained
+from actors.core.training import Refused, Trained
 from tests import oracles_ml
 
 SMALL = TrainOptions(bar_seconds=60, trees=16, min_rows=3_000, points={"A": 1e-5, "B": 1e-5})
@@ -122,7 +124,7 @@ def leaking(market: Dataset, share: float) -> Dataset:
     rng = np.random.default_rng(5)
     knows = rng.random(len(market.spread)) < share
     rsi = np.where(knows, 50 + 20 * np.sign(market.fwd_ret_5), market.columns.rsi)
-    return Dataset(market.symbols, market.symbol, market.columns._replace(rsi=rsi), market.spread, market.fwd_ret_5)
+    return replace(market, columns=market.columns._replace(rsi=rsi))
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
@@ -139,9 +141,7 @@ def test_an_auc_that_no_honest_feature_gives_is_refused_as_a_leak(market: Datase
 
 def test_one_class_is_refused(market: Dataset) -> None:
     for sign in (1.0, -1.0, 0.0):
-        rising = Dataset(
-            market.symbols, market.symbol, market.columns, market.spread, sign * np.abs(market.fwd_ret_5) + sign * 1e-9
-        )
+        rising = replace(market, fwd_ret_5=sign * np.abs(market.fwd_ret_5) + sign * 1e-9)
         result = training.train(rising, SMALL)
         assert isinstance(result, Refused)
         assert "returns of both signs" in result.reason
@@ -160,7 +160,7 @@ def test_unusable_rows_and_ties_are_dropped(market: Dataset, trained: Trained) -
     atr[:: n // 50] = np.nan
     fwd = market.fwd_ret_5.copy()
     fwd[1 :: n // 50] = 0.0
-    marred = Dataset(market.symbols, market.symbol, market.columns._replace(atr=atr), market.spread, fwd)
+    marred = replace(market, columns=market.columns._replace(atr=atr), fwd_ret_5=fwd)
     result = training.train(marred, SMALL)
     assert isinstance(result, Trained)
     kept = np.flatnonzero(marred.symbol != 2)
@@ -191,14 +191,19 @@ def test_the_sigmoid_is_the_likeliest_one() -> None:
     assert prob.mean() == pytest.approx(up.mean(), abs=1e-4)  # the score equation of the intercept
 
 
-def test_shorts_pay_the_spread_of_the_bar_at_which_they_end(market: Dataset) -> None:
-    only = market.take(np.flatnonzero(market.symbol == 0))
-    spread = np.arange(len(only.spread), dtype=np.float64) + 1
-    entry, leave = training.costs(Dataset(only.symbols, only.symbol, only.columns, spread, only.fwd_ret_5), SMALL)
-    np.testing.assert_allclose(entry, 1.5 * spread * 1e-5 / only.columns.close)
-    np.testing.assert_array_equal(leave[:-5], entry[5:])
-    unknown, _ = training.costs(only, TrainOptions(bar_seconds=60))
-    assert np.isnan(unknown).all()
+def test_a_trade_enters_at_the_next_open_and_shorts_pay_where_it_ends() -> None:
+    walk = oracles_ml.random_walk(1_000, seed=5)
+    bars = walk._replace(spread=np.arange(1_000) % 50 + 1.0, open=walk.open + 3e-5)
+    data = oracles_ml.dataset({"A": bars})
+    trades = data.trades({"A": 1e-5}, {})
+    at = np.searchsorted(bars.ts, data.columns.ts)
+    np.testing.assert_allclose(trades.ret, bars.close[at + 5] / bars.open[at + 1] - 1, rtol=0, atol=1e-15)
+    np.testing.assert_allclose(trades.cost_long, 1.5 * bars.spread[at + 1] * 1e-5 / bars.close[at + 1])
+    np.testing.assert_allclose(trades.cost_short, 1.5 * bars.spread[at + 5] * 1e-5 / bars.close[at + 5])
+    assert np.isnan(data.trades({}, {"A": 9.0}).cost_long).all()
+    unpriced = replace(data, bars=data.bars._replace(entry_open=np.full(len(at), np.nan))).trades({"A": 1e-5}, {})
+    assert np.isnan(unpriced.ret).all()
+    assert np.isnan(unpriced.net(np.ones(len(at), dtype=np.int64))).all()
 
 
 def test_spooled_rows_come_back(market: Dataset) -> None:
@@ -214,15 +219,18 @@ def test_spooled_rows_come_back(market: Dataset) -> None:
                 "spread": float(market.spread[i]),
                 "fwd_ret_5": None if i % 7 == 0 else float(market.fwd_ret_5[i]),
             }
+            | {name: float(getattr(market.bars, name)[i]) for name in TradeBars._fields}
             for i in own
         ]
 
     first, second = rows(0), rows(1)
-    data = training.from_spool(["A", "B"], [pack(first[:20]) + pack(first[20:]), pack(second)])
+    data = from_spool(["A", "B"], [pack(first[:20]) + pack(first[20:]), pack(second)])
     assert data.symbols == ("A", "B")
     assert data.symbol.tolist() == [0] * 50 + [1] * 50
     assert data.columns.ts.tolist() == [int(r["ts"].timestamp()) for r in first + second]
     for name in FeatureColumns._fields[1:]:
         assert getattr(data.columns, name).tolist() == [r[name] for r in first + second]
     assert [None if np.isnan(v) else v for v in data.fwd_ret_5.tolist()] == [r["fwd_ret_5"] for r in first + second]
-    assert len(training.from_spool([], []).spread) == 0
+    for name in TradeBars._fields:
+        assert getattr(data.bars, name).tolist() == [r[name] for r in first + second]
+    assert len(from_spool([], []).spread) == 0
