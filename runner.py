@@ -101,6 +101,23 @@ def _running(commands: Any) -> None:
     replay.add_argument("--history", action="store_true", help="archive the candles and make no signals of them")
     replay.add_argument("--url", help="the gateway (default: that of the running `mt5 up`)")
 
+    past = _command(
+        commands, "backtest", "commands.backtest:backtest", "the signals that a replay of files would give", json=True
+    )
+    past.add_argument("files", nargs="+", metavar="FILE", help="as `replay` reads them; each is one series")
+    past.add_argument("--symbol", metavar="S", help="of every file (default: by its name, as in EURUSD_M1.csv)")
+    past.add_argument("--timeframe", metavar="TF", help="of every file (default: by its name)")
+    which = past.add_mutually_exclusive_group()
+    which.add_argument("--model", metavar="VERSION", help="this version (default: the one that serves)")
+    which.add_argument("--model-dir", metavar="DIR", help="the version in this folder; no server is needed")
+    past.add_argument(
+        "--state",
+        choices=("champion", "provisional"),
+        help="in which it speaks (default: as it is registered, else champion)",
+    )
+    past.add_argument("--first-seq", type=count, default=1, metavar="N", help="CANDLES sequence to count from (1)")
+    past.add_argument("--out", metavar="FILE", help="write the signals there, one JSON object a line")
+
 
 def _asking(commands: Any) -> None:
     train = _command(
