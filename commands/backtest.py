@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,7 +15,7 @@ from typing import IO, Any, Final
 import msgspec
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from actors.core.backtest import Backtest, Serving, Taken
+from actors.core.backtest import Backtest, Serving, Step, Taken
 from actors.core.backtested import Model, Results
 from actors.core.clocks import Clocks
 from actors.core.files import FileError
@@ -187,20 +187,21 @@ def _run(
             Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
         )
         encoder = msgspec.json.Encoder()
+
+        def follow(steps: Iterable[Step]) -> None:
+            for step in steps:
+                results.take(step)
+                if lines is not None:
+                    lines.writelines(encoder.encode(signal) + b"\n" for signal in step.signals)
+
         for number, source in enumerate(sources):
             task = progress.add_task(f"{source.symbol} {source.timeframe}", total=source.bars)
             for body in _bodies(source, settings.gateway):
                 answer, steps = system.post(body, now)
+                follow(steps)
                 taken[number] = taken[number].plus(answer)
-                for step in steps:
-                    results.take(step)
-                    if lines is not None:
-                        lines.writelines(encoder.encode(signal) + b"\n" for signal in step.signals)
                 progress.update(task, completed=taken[number].received)
-            for step in system.settle(now):
-                results.take(step)
-                if lines is not None:
-                    lines.writelines(encoder.encode(signal) + b"\n" for signal in step.signals)
+        follow(system.settle(now))
     return results, taken
 
 

@@ -3,7 +3,7 @@
 It asks the very cores that the actors ask, in their order, so that a file gives the same signals here as through a
 running system: the same blocks with the same CANDLES sequences, the same features, the same decisions. What only time
 decides there is decided here as on a system that keeps up: the archive has every bar before the next payload comes,
-bars before a series' first are taken in when their file is over, and the stream knows a message id again.
+bars before a series' first are taken in when everything was posted, and the stream knows a message id again.
 
 Memory: the log of candles is kept, about 120 bytes a bar, since a bar may be revised at any time.
 """
