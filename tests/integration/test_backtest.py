@@ -145,7 +145,7 @@ async def test_a_real_file_gives_the_signals_of_its_replay(
 async def test_late_corrected_and_older_bars_give_the_signals_of_their_replay(
     tmp_path: Path, server_folder: Path, pg_url: str
 ) -> None:
-    bars = walk(2_405)
+    bars = walk(2_410)
     older, bars = bars[:400], bars[400:]
 
     def other(bar: Candle, by: float = 1e-4) -> Candle:
@@ -153,14 +153,14 @@ async def test_late_corrected_and_older_bars_give_the_signals_of_their_replay(
 
     parts: list[list[Candle]] = [
         # A bar of the first payload is missing and comes with the second one; the last three travel one a message.
-        [*bars[:990], *bars[991:1_001], bars[990], *bars[1_001:1_996], *bars[1_996:1_999]],
-        [other(bars[1_998])],  # a correction,
-        [bars[1_998]],  # taken back: a message that the stream knows,
-        [other(bars[1_998], 2e-4)],  # and another one
-        [other(bars[700]), *bars[1_999:2_000]],  # far behind, with a new bar
+        [*bars[:990], *bars[991:1_001], bars[990], *bars[1_001:2_000], *bars[2_000:2_003]],
+        [other(bars[2_002])],  # a correction,
+        [bars[2_002]],  # taken back: a message that the stream knows,
+        [other(bars[2_002], 2e-4)],  # and another one
+        [other(bars[700]), bars[2_003]],  # far behind, with a new bar
         older[200:],  # before the first: these wait until it is quiet
         older[:200],  # and these with them,
-        bars[2_000:],  # while the series goes on
+        bars[2_004:],  # while the series goes on
     ]
     series = [write(tmp_path / f"EURUSD_M1_{number}.csv", part) for number, part in enumerate(parts)]
     end = write(tmp_path / f"{SENTINEL}_M1.csv", walk(1))
@@ -169,7 +169,7 @@ async def test_late_corrected_and_older_bars_give_the_signals_of_their_replay(
         for file in series:
             await live.replay(file, "EURUSD")
         oldest: datetime = older[0].ts
-        await read_until(live.bus, SIGNALS, lambda out: bool(out) and any(s.ts == oldest for s in out[-2_405:]))
+        await read_until(live.bus, SIGNALS, lambda out: bool(out) and any(s.ts == oldest for s in out[-2_410:]))
         await live.replay(end, SENTINEL)
         expected = await live.signals(SENTINEL)
 
