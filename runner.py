@@ -125,7 +125,7 @@ def _asking(commands: Any) -> None:
     )
     train.add_argument("--timeframe", required=True, metavar="TF", help="the timeframe to train, such as M1")
 
-    models = _groups(commands, "models", "the registry of models: list, show, promote, roll back, retire, restore")
+    models = _groups(commands, "models", "the registry of models: list, show, report, promote, roll back, retire, restore")
     listing = _command(models, "list", "commands.models:listing", "list the versions and their states", json=True)
     listing.add_argument("--model", metavar="NAME", help="this model only, such as rf_m1")
     show = _command(
@@ -137,6 +137,12 @@ def _asking(commands: Any) -> None:
     )
     show.add_argument("version", metavar="VERSION")
     show.add_argument("--model", metavar="NAME", help="of this model, such as rf_m1")
+    picture = _command(
+        models, "report", "commands.report:report", "write one version's report, a page to look at", json=True
+    )
+    picture.add_argument("version", metavar="VERSION")
+    picture.add_argument("--model", metavar="NAME", help="of this model, such as rf_m1")
+    picture.add_argument("--html", metavar="FILE", help="into this file (default: under reports/ of MT5_HOME)")
     promote = _command(
         models, "promote", "commands.models:promote", "make a version serve, by a person's decision", json=True
     )
