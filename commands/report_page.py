@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -82,8 +83,13 @@ def page(record: ModelRecord, live: Live | None, decisions: Sequence[Decision], 
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
         f"<title>{escape(title)}</title>\n<style>\n{STYLE.read_text(encoding='utf-8')}</style>\n</head>\n"
-        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+        f"<body>\n<main>\n{_unbroken(body)}\n</main>\n</body>\n</html>\n"
     )
+
+
+def _unbroken(text: str) -> str:
+    """Keeps a figure and its unit on one line."""
+    return re.sub(r"(?<=\d) (?=%|bp\b)", "\u00a0", text)
 
 
 # --- head --------------------------------------------------------------------------------------------------------

@@ -9,18 +9,39 @@ import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 NARROW: Final = (5.4, 3.5)  # inches of 72 units: what half a desk's width and a phone's whole one can show
 WIDE: Final = (11.0, 3.9)
 OVERLAP: Final = 2.3  # an AUC of n overlapping labels lies within 2.3 / √n of chance, 19 times out of 20
+MOST_TICKS: Final = 5  # days, or other times, on a picture's time axis: more would run into each other on a phone
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_STEPS: Final = (
+    1 / 96,
+    1 / 24,
+    1 / 8,
+    1 / 4,
+    1 / 2,
+    1,
+    2,
+    4,
+    7,
+    14,
+    30.4375,
+    61,
+    91.3125,
+    182.625,
+    365.25,
+    730.5,
+    3_652.5,
+)
 
 # Stand-ins that the page's colours take the place of; the page's own are told apart by the colour-blind (Okabe, Ito).
 INK, MUTED, LINE = "#101011", "#202022", "#303033"
@@ -30,7 +51,7 @@ _NAMES: Final = {INK: "ink", MUTED: "muted", LINE: "line", MODEL: "model", OTHER
 _STYLE: Final[dict[Any, Any]] = {  # matplotlib types its keys one by one
     "svg.fonttype": "none",  # text stays text: the page's font, and it can be searched
     "text.parse_math": False,  # a name with two dollars is a name
-    "font.size": 11.0,
+    "font.size": 12.0,
     "axes.edgecolor": LINE,
     "axes.labelcolor": MUTED,
     "axes.linewidth": 0.8,
@@ -96,20 +117,23 @@ def rows_of(value: Any, *needed: str) -> list[Mapping[str, Any]]:
     ]
 
 
-def _percent(axis: Any, digits: int = 0) -> None:
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.{digits}f} %"))
+def _percent(axis: Any) -> None:
+    """Shares as percent, with as many digits as the distance of the ticks asks for."""
+    axis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
 
 
 def _dates(axes: Axes) -> None:
-    locator = AutoDateLocator(minticks=3, maxticks=6)  # type: ignore[no-untyped-call]
-    axes.xaxis.set_major_locator(locator)
-    whole = ["%Y", "%b %Y", "%d %b", "%d %b %H:%M", "%H:%M", "%H:%M:%S"]  # each tick says it all: there is no offset
-    formatter = ConciseDateFormatter(locator, formats=whole, zero_formats=whole, show_offset=False)  # type: ignore[no-untyped-call]
-    axes.xaxis.set_major_formatter(formatter)
+    """At most six ticks at round times: of matplotlib's own locators one warns, and one leaves the month out."""
+    first, last = axes.get_xlim()
+    step = next((step for step in _STEPS if (last - first) / step <= MOST_TICKS), _STEPS[-1])
+    ticks = [step * at for at in range(math.ceil(first / step), math.floor(last / step) + 1)]
+    form = "%d %b %H:%M" if step < 1 else "%d %b" if last - first < 300 else "%b %Y"
+    axes.set_xticks(ticks, [f"{_EPOCH + timedelta(days=tick):{form}}" for tick in ticks])
 
 
 def _when(ts: float) -> float:
-    return float(date2num(datetime.fromtimestamp(ts, UTC)))  # type: ignore[no-untyped-call]
+    """Epoch seconds as days, the pictures' unit of time."""
+    return ts / 86_400
 
 
 # --- the pictures ------------------------------------------------------------------------------------------------
@@ -137,8 +161,7 @@ def calibration(report: Mapping[str, Any]) -> str | None:
         axes.set_xlim(*ends)
         axes.set_xlabel("said: probability of a rise")
         axes.set_ylabel("came true: share of rises")
-        digits = 0 if high - low > 0.05 else 1
-        _percent(axes.xaxis, digits)
+        _percent(axes.xaxis)
         _percent(axes.yaxis)
         axes.xaxis.set_major_locator(MaxNLocator(5))
 
@@ -201,7 +224,7 @@ def importance(report: Mapping[str, Any]) -> str | None:
         axes.set_xlabel("AUC lost without it")
         axes.xaxis.set_major_locator(MaxNLocator(4))
 
-    return _draw("importance", (NARROW[0], max(2.0, 0.9 + 0.27 * len(found))), paint)
+    return _draw("importance", (NARROW[0], max(2.0, 0.9 + 0.29 * len(found))), paint)
 
 
 def probabilities(report: Mapping[str, Any]) -> str | None:
@@ -223,8 +246,7 @@ def probabilities(report: Mapping[str, Any]) -> str | None:
         axes.spines["left"].set_visible(False)
         axes.set_xlabel("probability of a rise")
         axes.set_ylabel("how often")
-        spread = max(b["high"] for b in bins) - min(b["low"] for b in bins)
-        _percent(axes.xaxis, 0 if spread > 0.05 else 1)
+        _percent(axes.xaxis)
         axes.xaxis.set_major_locator(MaxNLocator(5))
 
     return _draw("probabilities", NARROW, paint)
@@ -244,8 +266,7 @@ def equity(report: Mapping[str, Any], *, wide: bool) -> str | None:
         if "buy_hold" in found:
             axes.plot(times, found["buy_hold"], color=OTHER, linewidth=1.5)
         axes.plot(times, found["model"], color=MODEL, linewidth=2.2)
-        reach = max(abs(v) for name in found if name != "ts" for v in found[name])
-        _percent(axes.yaxis, 0 if reach > 0.04 else 1 if reach > 0.004 else 2)
+        _percent(axes.yaxis)
         axes.set_ylabel("return on the stake")
         axes.margins(x=0.01)
         _dates(axes)

@@ -56,6 +56,8 @@ def headline(report: Mapping[str, Any], threshold: float | None) -> str:
             "and its surest signals have earned more than they cost."
             if edge
             else "but no threshold has earned more than it costs."
+            if costs_known(report)
+            else "and what trading it would cost is not known."
         )
     if skill == "bad":
         return "It ranks worse than chance: what it calls a rise falls more often than not."
@@ -70,6 +72,11 @@ def skill_of(report: Mapping[str, Any]) -> Tone | None:
     if span is None:
         return None
     return "good" if span[0] > 0.5 else "bad" if span[1] < 0.5 else "open"
+
+
+def costs_known(report: Mapping[str, Any]) -> bool:
+    """Whether any threshold's net return is known."""
+    return bool(rows_of(report.get("candidates"), "net_mean"))
 
 
 def why(record: ModelRecord) -> str:
@@ -144,6 +151,14 @@ def _probabilities(report: Mapping[str, Any]) -> Tile:
 
 def _trading(report: Mapping[str, Any], threshold: float | None) -> Tile:
     question = "Does trading on it pay?"
+    if threshold is None and not costs_known(report):
+        return Tile(
+            question,
+            "no edge",
+            "Nobody knows: its costs are unknown.",
+            "open",
+            'Without a spread no return is net. Set [symbols."…"] point and spread in mt5.toml and train again. It abstains.',
+        )
     if threshold is None:
         return Tile(
             question,
