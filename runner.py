@@ -101,6 +101,23 @@ def _running(commands: Any) -> None:
     replay.add_argument("--history", action="store_true", help="archive the candles and make no signals of them")
     replay.add_argument("--url", help="the gateway (default: that of the running `mt5 up`)")
 
+    past = _command(
+        commands, "backtest", "commands.backtest:backtest", "the signals that a replay of files would give", json=True
+    )
+    past.add_argument("files", nargs="+", metavar="FILE", help="as `replay` reads them; each is one series")
+    past.add_argument("--symbol", metavar="S", help="of every file (default: by its name, as in EURUSD_M1.csv)")
+    past.add_argument("--timeframe", metavar="TF", help="of every file (default: by its name)")
+    which = past.add_mutually_exclusive_group()
+    which.add_argument("--model", metavar="VERSION", help="this version (default: the one that serves)")
+    which.add_argument("--model-dir", metavar="DIR", help="the version in this folder; no server is needed")
+    past.add_argument(
+        "--state",
+        choices=("champion", "provisional"),
+        help="in which it speaks (default: as it is registered, else champion)",
+    )
+    past.add_argument("--first-seq", type=count, default=1, metavar="N", help="CANDLES sequence to count from (1)")
+    past.add_argument("--out", metavar="FILE", help="write the signals there, one JSON object a line")
+
 
 def _asking(commands: Any) -> None:
     train = _command(
@@ -108,7 +125,9 @@ def _asking(commands: Any) -> None:
     )
     train.add_argument("--timeframe", required=True, metavar="TF", help="the timeframe to train, such as M1")
 
-    models = _groups(commands, "models", "the registry of models: list, show, promote, roll back, retire, restore")
+    models = _groups(
+        commands, "models", "the registry of models: list, show, report, promote, roll back, retire, restore"
+    )
     listing = _command(models, "list", "commands.models:listing", "list the versions and their states", json=True)
     listing.add_argument("--model", metavar="NAME", help="this model only, such as rf_m1")
     show = _command(
@@ -120,6 +139,12 @@ def _asking(commands: Any) -> None:
     )
     show.add_argument("version", metavar="VERSION")
     show.add_argument("--model", metavar="NAME", help="of this model, such as rf_m1")
+    picture = _command(
+        models, "report", "commands.report:report", "write one version's report, a page to look at", json=True
+    )
+    picture.add_argument("version", metavar="VERSION")
+    picture.add_argument("--model", metavar="NAME", help="of this model, such as rf_m1")
+    picture.add_argument("--html", metavar="FILE", help="into this file (default: under reports/ of MT5_HOME)")
     promote = _command(
         models, "promote", "commands.models:promote", "make a version serve, by a person's decision", json=True
     )

@@ -20,6 +20,7 @@ from nats.errors import Error as NatsError
 from nats.js.errors import NotFoundError
 
 from actors import gateway
+from actors.core.blocks import candle_blocks
 from actors.core.clock import Conversion
 from actors.core.ingest import (
     ANONYMOUS,
@@ -64,17 +65,14 @@ from bus.telemetry import (
     series_gauge,
 )
 from schema.messages import (
-    MAX_BLOCK_ROWS,
     Backfill,
     Candle,
-    CandleBlock,
     FormingCandle,
     IngestAnswer,
     RejectedCandle,
     Signal,
 )
 
-FEW: Final = 3  # up to so many new candles of a series travel one a message, so that repeats cut alike
 GRACE: Final = 0.1  # seconds beyond publish_timeout that a whole request may wait for the bus: a 503 is due within 2 s
 LEARNT_AT_ONCE: Final = 64  # series that the log is asked for side by side
 LOOKED_UP: Final = 8  # bars of one payload for whose predecessor the archive is asked
@@ -427,21 +425,6 @@ class Collector:
         return checks
 
 
-def _cuts(rows: Sequence[Candle], size: int, conversion: Conversion) -> Iterable[tuple[int, int, str]]:
-    """Where to cut rows into messages: after ``size`` rows, and where the way changes in which times became UTC."""
-    kinds = [conversion.ts_source_of(int(row.ts.timestamp())) for row in (rows[0], rows[-1])]
-    if kinds[0] == kinds[1]:
-        for start in range(0, len(rows), size):
-            yield start, min(start + size, len(rows)), kinds[0]
-        return
-    start = 0
-    all_kinds = [conversion.ts_source_of(int(row.ts.timestamp())) for row in rows]
-    for at in range(1, len(rows) + 1):
-        if at == len(rows) or at - start == size or all_kinds[at] != all_kinds[start]:
-            yield start, at, all_kinds[start]
-            start = at
-
-
 def _blocks(
     key: Key,
     rows: Sequence[Candle],
@@ -452,27 +435,6 @@ def _blocks(
     point: float | None,
 ) -> Iterable[Outgoing]:
     symbol, timeframe = key
-    size = 1 if len(rows) <= FEW else MAX_BLOCK_ROWS
-    for start, stop, ts_source in _cuts(rows, size, conversion):
-        part = tuple(rows[start:stop])
-        yield outgoing(
-            CANDLES,
-            CandleBlock(
-                symbol=symbol,
-                timeframe=timeframe,
-                rows=part,
-                received_at=received_at,
-                history=payload.history,
-                replay=payload.replay,
-                now=from_epoch(payload.gmt_time) if payload.replay and payload.gmt_time is not None else None,
-                source=payload.source,
-                server_time=payload.server_time,
-                ts_source=ts_source,
-                point=point,
-                server_utc=conversion.sent_at(payload.server_time),
-            ),
-            timeframe,
-            symbol,
-            msg_id=block_id(symbol, timeframe, part, payload.server_time),
-            headers=headers,
-        )
+    for block in candle_blocks(key, rows, payload, received_at, conversion, point):
+        msg_id = block_id(symbol, timeframe, block.rows, payload.server_time)
+        yield outgoing(CANDLES, block, timeframe, symbol, msg_id=msg_id, headers=headers)

@@ -21,19 +21,8 @@ from nats.js.api import Header
 from nats.js.errors import APIError, NotFoundError
 
 from actors.artifacts import Artifacts
-from actors.core.hashing import signal_id
 from actors.core.ingest import digest_text
-from actors.core.serving import (
-    NO_ANSWER,
-    ModelRefused,
-    ServedModel,
-    build_signal,
-    decide,
-    expires_at,
-    judged_at,
-    makes_signal,
-)
-from actors.core.timeframe import end_time
+from actors.core.serving import ModelRefused, ServedModel, makes_signal, signal_of
 from bus.client import BusUnavailable, Outgoing, outgoing
 from bus.consume import Delivery, Done, Outcome, Reader, StreamReplaced, consume, find, last_message
 from bus.subjects import CANDLE, FEATURES, FEATURES_AT, MODELS, RECEIVED_AT, SIGNAL_AGAIN, SIGNALS
@@ -376,40 +365,16 @@ class Emitter:
         return msgspec.json.encode({"signals": len(messages)})
 
     def _signal(self, block: FeatureBlock, row: FeatureRow, activation: Activation | None, now: datetime) -> Signal:
-        end = end_time(row.ts, block.timeframe)
-        expires = expires_at(row.ts, end)
-        model = activation.model if activation is not None else None
-        decision = decide(
+        return signal_of(
+            block,
             row,
-            block.symbol,
-            model.answer(block.symbol, row) if model is not None else NO_ANSWER,
-            model.manifest if model is not None else None,
-            activation.state if activation is not None else None,
-            judged_at=judged_at(block, end),
-            expires_at=expires,
-        )
-        return build_signal(
-            symbol=block.symbol,
-            timeframe=block.timeframe,
-            row=row,
-            decision=decision,
+            model=activation.model if activation is not None else None,
+            version=activation.version if activation is not None else None,
+            state=activation.state if activation is not None else None,
             model_name=model_name(block.timeframe),
-            model_version=activation.version if activation is not None else None,
-            candles_seq=block.candles_seq,
-            expires_at=expires,
+            versions=self.versions.get(block.timeframe, ()),
             created_at=now,
-            supersedes=self._replaced(block, row),
         )
-
-    def _replaced(self, block: FeatureBlock, row: FeatureRow) -> str | None:
-        """The id of the signal that this row's supersedes: as pure a function as the id itself."""
-        if row.replaces is None:
-            return None
-        version = None
-        for from_seq, name in self.versions.get(block.timeframe, ()):
-            if from_seq <= (row.replaces_seq or 0):
-                version = name
-        return signal_id(block.symbol, block.timeframe, row.ts, version, row.replaces)
 
     def _committed(self, delivery: Delivery[FeatureBlock]) -> None:
         self._done = delivery.message.candles_seq

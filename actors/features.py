@@ -21,9 +21,10 @@ from nats.errors import Error as NatsError
 from nats.js.errors import APIError, KeyNotFoundError, NoKeysError, NotFoundError
 from nats.js.kv import KeyValue
 
+from actors.core.blocks import feature_blocks
 from actors.core.history import History, revise, take_in
 from actors.core.ingest import ANONYMOUS
-from actors.core.series import CHECKPOINT_EVERY, Change, Checkpoint, Origin, SeriesState, append, epoch, origin, split
+from actors.core.series import CHECKPOINT_EVERY, Change, Checkpoint, Origin, SeriesState, append, epoch, origin, ways
 from actors.core.timeframe import from_epoch
 from bus.client import BusUnavailable, Outgoing, outgoing
 from bus.consume import Delivery, Done, Outcome, Reader, Rejected, StreamReplaced, consume, last_message
@@ -41,7 +42,7 @@ from bus.telemetry import (
     trace_headers,
 )
 from bus.writer import Superseded, Writer
-from schema.messages import MAX_BLOCK_ROWS, Candle, CandleBlock, FeatureBlock
+from schema.messages import Candle, CandleBlock
 
 HISTORY_BARS: Final = 1_000_000  # bars of recomputed series kept in memory, all series together (64 MB)
 SNAPSHOT_CHUNK: Final = 32  # snapshots encoded between two batches, so that none of them delays a candle
@@ -264,18 +265,17 @@ class Features:
         new = origin(block, seq)
         state.hear(new, self._priority(block.symbol))
         history = self.histories.get(subject)
-        if not block.withdrawn:
-            fresh, older = split(state, block.rows, new)
-            if not older:
-                if history is not None and history.seq < seq:
-                    history.apply(block, seq, self._priority(block.symbol))
-                return append(state, fresh, new)
-            if state.first_ts is not None and epoch(older[-1]) < state.first_ts and not fresh:
-                # Older than everything: a terminal loads history backwards. One recomputation serves all of it.
-                state.deferred.append(seq)
-                self._quiet_since[subject] = time.monotonic()
-                self.histories.pop(subject, None)
-                return Change()
+        fresh, way = ways(state, block, new)
+        if way == "append":
+            if history is not None and history.seq < seq:
+                history.apply(block, seq, self._priority(block.symbol))
+            return append(state, fresh, new)
+        if way == "defer":
+            # Older than everything: a terminal loads history backwards. One recomputation serves all of it.
+            state.deferred.append(seq)
+            self._quiet_since[subject] = time.monotonic()
+            self.histories.pop(subject, None)
+            return Change()
         if state.deferred:
             # What waits came before this message, and must not have the last word on a bar of both.
             change = await self._take_in(subject, state, [block], seq)
@@ -566,33 +566,15 @@ def _candle(row: Any) -> Candle:
 def _messages(
     block: CandleBlock, seq: int, change: Change, headers: Mapping[str, str], run: str
 ) -> tuple[Outgoing, ...]:
-    parts = max(1, -(-len(change.rows) // MAX_BLOCK_ROWS))
     traced = trace_headers(headers)
     return tuple(
         outgoing(
             FEATURES,
-            FeatureBlock(
-                symbol=block.symbol,
-                timeframe=block.timeframe,
-                candles_seq=seq,
-                rows=tuple(change.rows[(part - 1) * MAX_BLOCK_ROWS : part * MAX_BLOCK_ROWS]),
-                received_at=block.received_at,
-                fills=tuple(change.fills) if part == 1 else (),
-                part=part,
-                parts=parts,
-                history=block.history,
-                replay=block.replay,
-                now=block.now,
-                source=block.source,
-                ts_source=block.ts_source,
-                withdrawn=tuple(change.withdrawn) if part == 1 else (),
-                point=block.point,
-                server_time=block.server_time,
-            ),
+            made,
             block.timeframe,
             block.symbol,
-            msg_id=f"{headers.get('Nats-Msg-Id', '')}:{seq}:{part}{run}",
+            msg_id=f"{headers.get('Nats-Msg-Id', '')}:{seq}:{made.part}{run}",
             headers=traced,
         )
-        for part in range(1, parts + 1)
+        for made in feature_blocks(block, seq, change)
     )

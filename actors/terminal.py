@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
@@ -197,6 +197,18 @@ def encode(symbol: str, timeframe: str, candles: Sequence[Candle], said: Said, *
     return msgspec.json.encode({"symbol": symbol, "timeframe": timeframe, **beside, "candles": rows})
 
 
+def at_once(*, history: bool = False) -> Said:
+    """What a payload of a file says that is posted as fast as it is taken."""
+    return Said(history=history, replay=not history)
+
+
+def parts(chunks: Iterable[Sequence[Candle]]) -> Iterator[Sequence[Candle]]:
+    """A file's bars as payloads of at most :data:`MAX_CANDLES`."""
+    for chunk in chunks:
+        for start in range(0, len(chunk), MAX_CANDLES):
+            yield chunk[start : start + MAX_CANDLES]
+
+
 async def play(
     terminal: Terminal,
     chunks: Iterable[Sequence[Candle]],
@@ -212,10 +224,9 @@ async def play(
     with silences of more than an hour (and more than two bars) passed over.
     """
     if speed <= 0:
-        said = Said(history=history, replay=not history)
-        for chunk in chunks:
-            for start in range(0, len(chunk), MAX_CANDLES):
-                yield await terminal.post(symbol, timeframe, chunk[start : start + MAX_CANDLES], said)
+        said = at_once(history=history)
+        for part in parts(chunks):
+            yield await terminal.post(symbol, timeframe, part, said)
         return
     loop = asyncio.get_running_loop()
     due, market = loop.time(), None

@@ -48,7 +48,7 @@ async def replay(
     if not (math.isfinite(speed) and speed >= 0):
         raise CommandError("--speed is market seconds a second: 0 (as fast as it is taken) or more.", WRONG)
     # Read once before anything is sent: a bad line 40,000 must not leave half of a file behind.
-    bars = await asyncio.to_thread(_count, file)
+    bars = await asyncio.to_thread(count, file)
     total = Tally()
     started = asyncio.get_running_loop().time()
     console = stderr_console()
@@ -64,7 +64,7 @@ async def replay(
                 terminal = Terminal(session, url, api_key=api_key, on_wait=on_wait)
                 with file.open("rb") as stream:
                     async for tally in play(
-                        terminal, _chunks(stream), symbol=symbol, timeframe=name, speed=speed, history=history
+                        terminal, chunks(stream), symbol=symbol, timeframe=name, speed=speed, history=history
                     ):
                         total += tally
                         progress.update(task, completed=total.received, description=f"{symbol} {name}")
@@ -80,15 +80,16 @@ async def replay(
     return DONE if total.accepted or total.duplicates or total.forming else NO
 
 
-def _chunks(stream: BinaryIO) -> Iterator[list[Candle]]:
+def chunks(stream: BinaryIO) -> Iterator[list[Candle]]:
+    """A file's bars as they are read, in its order. Raises FileError."""
     return read_bars(decode_lines(iter(partial(stream.read, BLOCK), b"")))
 
 
-def _count(file: Path) -> int:
+def count(file: Path) -> int:
     """The file's bars, all of them read and understood; raises CommandError."""
     try:
         with file.open("rb") as stream:
-            bars = sum(map(len, _chunks(stream)))
+            bars = sum(map(len, chunks(stream)))
     except FileError as error:
         raise CommandError(f"{file}, {error}.", WRONG) from error
     except OSError as error:

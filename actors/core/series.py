@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -209,6 +209,24 @@ def split(state: SeriesState, rows: Sequence[Candle], new: Origin) -> tuple[list
                 continue
         older.append(row)
     return fresh, older
+
+
+def ways(
+    state: SeriesState, block: CandleBlock, new: Origin
+) -> tuple[list[Candle], Literal["append", "defer", "recompute"]]:
+    """How a message reaches the series, and its rows that are later than all before.
+
+    ``append``: by these rows alone. ``defer``: all of it lies before the series' first bar, which waits for what else
+    comes from there. ``recompute``: it reaches into the past.
+    """
+    if block.withdrawn:
+        return [], "recompute"
+    fresh, older = split(state, block.rows, new)
+    if not older:
+        return fresh, "append"
+    if state.first_ts is not None and epoch(older[-1]) < state.first_ts and not fresh:
+        return fresh, "defer"
+    return fresh, "recompute"
 
 
 def append(state: SeriesState, rows: Sequence[Candle], new: Origin) -> Change:

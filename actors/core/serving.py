@@ -6,6 +6,7 @@ depend on how its block was cut.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Final, NamedTuple
 
@@ -18,6 +19,7 @@ from actors.core.inputs import FEATURE_SETS, FeatureSet
 from actors.core.manifest import MANIFEST_FILE, ONNX_FILE, Manifest, ModelRefused
 from actors.core.outliers import is_outlier
 from actors.core.sealed import check_file
+from actors.core.timeframe import end_time
 from schema.messages import Abstain, CandleBlock, FeatureBlock, FeatureRow, Label, ModelState, Signal
 
 RUNTIME: Final = "onnxruntime"  # as a manifest's libraries name it
@@ -39,6 +41,7 @@ __all__ = [  # the manifest's names too: who serves needs both
     "judged_at",
     "makes_signal",
     "signal_id",
+    "signal_of",
 ]
 
 
@@ -252,3 +255,55 @@ def build_signal(
         expires_at=expires_at,
         supersedes=supersedes,
     )
+
+
+def signal_of(
+    block: FeatureBlock,
+    row: FeatureRow,
+    *,
+    model: ServedModel | None,
+    version: str | None,
+    state: ModelState | None,
+    model_name: str,
+    versions: Sequence[tuple[int, str]],
+    created_at: datetime,
+) -> Signal:
+    """What is said of one row of a block by the version that serves there.
+
+    ``version`` is its name also where it does not load (``model`` None). ``versions`` are all activations of the
+    timeframe, (first CANDLES sequence, version) ascending: they name the signal that this one supersedes.
+    """
+    end = end_time(row.ts, block.timeframe)
+    expires = expires_at(row.ts, end)
+    decision = decide(
+        row,
+        block.symbol,
+        model.answer(block.symbol, row) if model is not None else NO_ANSWER,
+        model.manifest if model is not None else None,
+        state,
+        judged_at=judged_at(block, end),
+        expires_at=expires,
+    )
+    return build_signal(
+        symbol=block.symbol,
+        timeframe=block.timeframe,
+        row=row,
+        decision=decision,
+        model_name=model_name,
+        model_version=version,
+        candles_seq=block.candles_seq,
+        expires_at=expires,
+        created_at=created_at,
+        supersedes=_replaced(block, row, versions),
+    )
+
+
+def _replaced(block: FeatureBlock, row: FeatureRow, versions: Sequence[tuple[int, str]]) -> str | None:
+    """The id of the signal that this row's supersedes: as pure a function as the id itself."""
+    if row.replaces is None:
+        return None
+    version = None
+    for from_seq, name in versions:
+        if from_seq <= (row.replaces_seq or 0):
+            version = name
+    return signal_id(block.symbol, block.timeframe, row.ts, version, row.replaces)

@@ -584,3 +584,23 @@ SELECT timeframe, from_seq, version FROM models WHERE from_seq IS NOT NULL;
 INSERT INTO signal_audits (at, signal_id, identical, difference)
 SELECT $1, * FROM unnest($2::text[], $3::bool[], $4::text[])
 ON CONFLICT DO NOTHING;
+
+-- --- reports ----------------------------------------------------------------------------------------------------
+
+-- name: report_outcomes
+-- model_name, version, how many at most: the newest outcomes that stand, in the order in which they became known
+SELECT * FROM (
+    SELECT ts, prob_up, base_rate, up, label, net, seq
+    FROM signal_outcomes
+    WHERE model_name = $1 AND model_version = $2 AND NOT void
+    ORDER BY seq DESC
+    LIMIT $3::int8
+) AS newest
+ORDER BY seq;
+
+-- name: report_decisions
+-- model_name, version, oldest first
+SELECT at, action, by, reason
+FROM model_decisions
+WHERE model_name = $1 AND version = $2
+ORDER BY at, id;
