@@ -185,7 +185,7 @@ def _figures(known: _Known) -> dict[str, Any]:
     out |= {"auc": None, "auc_ci": None, "brier": None, "brier_base_rate": None, "hit_rate": None, "rises": None}
     if len(up):
         block = np.unique(scored.block, return_inverse=True)[1].astype(np.int64)
-        auc = evaluate.auc_in_cells(up, scored.prob, scored.series, block, seed=SEED)
+        auc = evaluate.auc_in_cells(up, scored.prob, scored.series, evaluate.Blocks(block, seed=SEED))
         base = evaluate.brier(up, scored.base)
         out |= {
             "auc": auc.value,
