@@ -103,6 +103,8 @@ def test_a_manifest_expires_by_market_time() -> None:
         "rows": 3,
         "threshold": None,
         "max_spread": {"X": None},
+        "train_rate": 0.5,
+        "outliers": None,
     }
     manifest = build_manifest(
         report, {"f": b"abc"}, name="rf_m1", version="v", timeframe="M1", created_at=AT, expire_days=2
