@@ -79,7 +79,7 @@ GRACE: Final = 0.1  # seconds beyond publish_timeout that a whole request may wa
 LEARNT_AT_ONCE: Final = 64  # series that the log is asked for side by side
 LOOKED_UP: Final = 8  # bars of one payload for whose predecessor the archive is asked
 LOOK_UP_WAIT: Final = 0.5
-PEERS: Final = ("features", "emitter", "recorder", "trainer")
+PEERS: Final = ("features", "emitter", "recorder", "trainer", "scorer")
 
 Key = tuple[str, str]
 

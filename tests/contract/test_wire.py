@@ -382,6 +382,7 @@ def test_subjects_and_streams_are_the_contracts() -> None:
         "signals": ("SIGNALS", 2),
         "forming": (None, 2),
         "models": ("EVENTS", 1),
+        "outcomes": ("EVENTS", 2),
         "alerts": ("EVENTS", 2),
         "rejects": ("REJECTS", 1),
     }
