@@ -18,14 +18,16 @@ from nats.errors import Error as NatsError
 from nats.js.api import Header
 from nats.js.errors import NotFoundError
 
+from actors.artifacts import Artifacts
 from actors.core.outcomes import Changes, Known, message_id, spans
 from actors.scoring.archive import OutcomeArchive
 from actors.scoring.follow import ACTOR, Follower, Mark, Place, Read, stream_state
+from actors.scoring.versions import Versions
 from bus.client import NO_MESSAGE, Outgoing, outgoing
-from bus.consume import Reader
+from bus.consume import Reader, consume, last_message
 from bus.patience import Patience
 from bus.store import Store
-from bus.subjects import OUTCOMES
+from bus.subjects import MODELS, OUTCOMES
 from bus.supervise import ConfigurationError, Context, run_tasks, serve
 from bus.telemetry import cursor_lag, cursor_lag_seconds, outcomes_total, outcomes_void_total, trace_headers
 from bus.writer import Writer
@@ -50,6 +52,7 @@ class Scorer:
         self._log = ctx.log
         self._patience = Patience(ctx.log, self.name)
         self._published = Mark(f"{self.name}.{OUTCOMES.prefix}")
+        self._versions = Versions(Artifacts(ctx.bus, ctx.settings), ctx.log)
         self._said: set[str] = set()  # message ids that stand in the stream and may not be stored yet
 
     async def run(self) -> None:
@@ -57,11 +60,23 @@ class Scorer:
         try:
             self._archive = OutcomeArchive(self._store, self._ctx.settings.symbols)
             await self._read_back()
-            async with Follower(self._bus, self._store, self._patience, self._log) as follower:
+            async with (
+                Reader(self._bus, MODELS, name=self.name, start=1) as models,
+                Follower(self._bus, self._store, self._patience, self._log) as follower,
+            ):
+                # Whose shadows are followed must be known before a bar is scored.
+                newest = await last_message(self._bus, MODELS)
+                while newest is not None and models.position < newest[0]:
+                    await self._versions.on_event(await models.next())
                 service = await serve(self._bus, self.name, self.description, {})
                 try:
                     self._ctx.ready()
-                    await run_tasks({"scorer-outcomes": self._score(follower)})
+                    await run_tasks(
+                        {
+                            "scorer-outcomes": self._score(follower),
+                            "scorer-models": consume(models, self._versions.on_event),
+                        }
+                    )
                 finally:
                     if self._bus.connected:
                         with contextlib.suppress(NatsError):
@@ -103,7 +118,9 @@ class Scorer:
     async def _handle(self, follower: Follower, read: Read) -> None:
         """Brings the outcomes of the bars that were touched to what the archive says of them now."""
         touched = spans(read.touched)
-        changes = await self._patience.insist(lambda: self._archive.changes(touched, {}, time.monotonic()))
+        changes = await self._patience.insist(
+            lambda: self._archive.changes(touched, self._versions.shadows, time.monotonic())
+        )
         place = await self._publish((*changes.new, *changes.changed), read)
         await self._patience.insist(lambda: self._commit(follower, read, changes, place))
         follower.moved(read)

@@ -42,6 +42,7 @@ class Registry:
         changed = [version]
         match event.event:
             case "registered":
+                version.state = event.state
                 version.reason, version.by = event.reason, event.by
             case "released":
                 version.asked, version.reason, version.by = event.state, event.reason, event.by
