@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import ClassVar, Final
 
@@ -19,18 +19,23 @@ from nats.js.api import Header
 from nats.js.errors import NotFoundError
 
 from actors.artifacts import Artifacts
+from actors.core.docket import Docket
 from actors.core.outcomes import Changes, Known, message_id, spans
 from actors.scoring.archive import OutcomeArchive
+from actors.scoring.cards import Cards
 from actors.scoring.follow import ACTOR, Follower, Mark, Place, Read, stream_state
+from actors.scoring.judge import Judge
 from actors.scoring.versions import Versions
 from bus.client import NO_MESSAGE, Outgoing, outgoing
-from bus.consume import Reader, consume, last_message
+from bus.consume import Delivery, Reader, consume, last_message
+from bus.consume import Outcome as ConsumeOutcome
 from bus.patience import Patience
 from bus.store import Store
-from bus.subjects import MODELS, OUTCOMES
+from bus.subjects import MODELS, OUTCOMES, SCORECARD
 from bus.supervise import ConfigurationError, Context, run_tasks, serve
 from bus.telemetry import cursor_lag, cursor_lag_seconds, outcomes_total, outcomes_void_total, trace_headers
 from bus.writer import Writer
+from schema.messages import ModelEvent
 
 EVENTS: Final = str(OUTCOMES.stream)
 
@@ -56,7 +61,7 @@ class Scorer:
         self._said: set[str] = set()  # message ids that stand in the stream and may not be stored yet
 
     async def run(self) -> None:
-        self._store = await Store.connect(self._url, size=2, name=f"mt5-{self.name}")
+        self._store = await Store.connect(self._url, size=3, name=f"mt5-{self.name}")
         try:
             self._archive = OutcomeArchive(self._store, self._ctx.settings.symbols)
             await self._read_back()
@@ -68,13 +73,19 @@ class Scorer:
                 newest = await last_message(self._bus, MODELS)
                 while newest is not None and models.position < newest[0]:
                     await self._versions.on_event(await models.next())
-                service = await serve(self._bus, self.name, self.description, {})
+                self._judge = Judge(self._bus, self._archive, self._versions, self._ctx.settings.models, self._log)
+                self._cards = Cards(self._store, self._versions, self._patience, self._ctx.settings.scorer.window)
+                await self._patience.insist(lambda: self._judge.load(self._store))
+                await self._patience.insist(self._cards.load)
+                service = await serve(self._bus, self.name, self.description, {SCORECARD: self._cards.answer})
                 try:
                     self._ctx.ready()
                     await run_tasks(
                         {
                             "scorer-outcomes": self._score(follower),
-                            "scorer-models": consume(models, self._versions.on_event),
+                            "scorer-models": consume(models, self._on_event),
+                            "scorer-decisions": self._judge.decide(),
+                            "scorer-cards": self._cards.refresh(),
                         }
                     )
                 finally:
@@ -83,6 +94,11 @@ class Scorer:
                             await service.stop()
         finally:
             await self._store.close()
+
+    async def _on_event(self, delivery: Delivery[ModelEvent]) -> ConsumeOutcome:
+        done = await self._versions.on_event(delivery)
+        await self._patience.insist(self._judge.sync)
+        return done
 
     # --- outcomes --------------------------------------------------------------------------------------------------
 
@@ -122,7 +138,9 @@ class Scorer:
             lambda: self._archive.changes(touched, self._versions.shadows, time.monotonic())
         )
         place = await self._publish((*changes.new, *changes.changed), read)
-        await self._patience.insist(lambda: self._commit(follower, read, changes, place))
+        dockets = self._judge.take(changes)
+        await self._patience.insist(lambda: self._commit(follower, read, changes, place, dockets))
+        self._cards.take(changes)
         follower.moved(read)
         if place is not None:
             self._published.place = place
@@ -151,7 +169,9 @@ class Scorer:
         created, last = await stream_state(self._bus, EVENTS)
         return Place(last, created, datetime.now(UTC))
 
-    async def _commit(self, follower: Follower, read: Read, changes: Changes, place: Place | None) -> None:
+    async def _commit(
+        self, follower: Follower, read: Read, changes: Changes, place: Place | None, dockets: Mapping[str, Docket]
+    ) -> None:
         async with self._store.transaction() as connection:
             await follower.move(connection, read)
             if place is not None:
@@ -161,6 +181,7 @@ class Scorer:
             written = (*changes.new, *changes.changed)
             if written:
                 await connection.execute(self._store.sql("upsert_outcomes"), *_columns(written))
+            await self._judge.save(self._store, connection, dockets)
 
 
 def _columns(scored: Sequence[Known]) -> tuple[Sequence[object], ...]:

@@ -25,6 +25,7 @@ class Version:
     activated_at: datetime | None = None
     reason: str = ""
     by: str = "trainer"
+    recipe: str = ""
 
 
 @dataclass(slots=True)
@@ -40,6 +41,7 @@ class Registry:
         key = (event.model_name, event.version)
         version = self.versions.setdefault(key, Version(event.model_name, event.version, event.timeframe))
         changed = [version]
+        version.recipe = event.recipe or version.recipe
         match event.event:
             case "registered":
                 version.state = event.state

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from actors.core.hashing import features_hash, signal_id
 from actors.core.outcomes import Changes, Cost, Followed, Known, Said, Span, compare, score, unseen
@@ -25,6 +25,16 @@ Bar = tuple[str, str, datetime]  # symbol, timeframe, open time
 Shadows = Mapping[tuple[str, str], ServedModel]  # by model name and version
 
 
+class Facts(NamedTuple):
+    """The share of rises that a version was trained on, its first and last training row's bar, and the share of its validation
+    rows that were out of distribution; None where its manifest does not say."""
+
+    base_rate: float
+    first_ts: datetime | None = None
+    last_ts: datetime | None = None
+    outlier_rate: float | None = None
+
+
 class OutcomeArchive:
     """Reads spans of bars; point sizes and base rates are remembered."""
 
@@ -33,7 +43,7 @@ class OutcomeArchive:
         self._symbols = symbols
         self._points: dict[str, float] = {}
         self._points_until = 0.0
-        self._base: dict[tuple[str, str], float] = {}
+        self._facts: dict[tuple[str, str], Facts] = {}
 
     async def changes(self, touched: Sequence[Span], shadows: Shadows, now: float) -> Changes:
         """What is to be written so that the outcomes of these bars, and of the five before each, are right.
@@ -82,7 +92,9 @@ class OutcomeArchive:
             # A provisional version's signals all say so, and no other's do.
             state: ModelState = "provisional" if row["abstain"] == "unproven" else "champion"
             out.append(
-                Said(state=state, base_rate=await self._base_rate(row["model_name"], row["model_version"]), **row)
+                Said(
+                    state=state, base_rate=(await self.facts(row["model_name"], row["model_version"])).base_rate, **row
+                )
             )
         return out
 
@@ -90,13 +102,16 @@ class OutcomeArchive:
         rows = await self._store.fetch("outcomes_in_spans", *columns)
         return {row["id"]: Known(outcome_of(row), row["fwd_seq"], row["void"]) for row in rows}
 
-    async def _base_rate(self, name: str, version: str) -> float:
-        known = self._base.get((name, version))
+    async def facts(self, name: str, version: str) -> Facts:
+        """What the registry's table says of a version; asked again where it does not say."""
+        known = self._facts.get((name, version))
         if known is None:
-            found = await self._store.fetchval("model_base_rate", name, version)
-            if found is None:
-                return COIN  # it may be registered yet
-            known = self._base[name, version] = float(found)
+            row = await self._store.fetchrow("model_facts", name, version)
+            if row is None:
+                return Facts(COIN)
+            known = Facts(COIN if row["base_rate"] is None else row["base_rate"], *row[1:])
+            if row["base_rate"] is not None:
+                self._facts[name, version] = known
         return known
 
     # --- shadows ---------------------------------------------------------------------------------------------------
@@ -133,7 +148,7 @@ class OutcomeArchive:
                 model_version=version,
                 state="shadow",
                 prob_up=prob,
-                base_rate=await self._base_rate(name, version),
+                base_rate=(await self.facts(name, version)).base_rate,
                 label=decision.label,
                 abstain=decision.abstain,
                 candles_seq=0,  # that of its label says enough

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any, Final
 
 from actors.artifacts import Artifacts
@@ -17,14 +16,13 @@ LOAD_AGAIN: Final = 1.0  # seconds between tries to load a shadow while NATS doe
 
 
 class Versions:
-    """``changed`` is called after each event that changes who serves or who is followed."""
+    """The fold of the events, and the models of the shadows that could be loaded."""
 
     def __init__(self, artifacts: Artifacts, log: Any) -> None:
         self._artifacts = artifacts
         self._log = log
         self.registry = Registry()
         self.shadows: dict[tuple[str, str], ServedModel] = {}
-        self.changed: Callable[[], None] = lambda: None
 
     async def on_event(self, delivery: Delivery[ModelEvent]) -> Outcome:
         """Takes the next event; returns once a new shadow is loaded, or refused."""
@@ -34,7 +32,6 @@ class Versions:
                 await self._load(*key)
             else:
                 self.shadows.pop(key, None)
-        self.changed()
         return Done()
 
     async def _load(self, name: str, version: str) -> None:
@@ -54,3 +51,7 @@ class Versions:
         """The versions that speak, one a model at most."""
         names = {version.model_name for version in self.registry.versions.values()}
         return [v for v in map(self.registry.serving, sorted(names)) if v is not None]
+
+    def followed(self) -> list[Version]:
+        """The versions that serve, and the shadows."""
+        return [*self.serving(), *(self.registry.versions[key] for key in sorted(self.shadows))]

@@ -482,9 +482,20 @@ CROSS JOIN LATERAL (
 ) AS n
 WHERE f.fwd_ret_5 IS NOT NULL AND n.bars = 5;
 
--- name: model_base_rate
+-- name: model_facts
 -- model_name, version
-SELECT (manifest->>'base_rate')::float8 FROM models WHERE model_name = $1 AND version = $2;
+SELECT (manifest->>'base_rate')::float8 AS base_rate, (manifest->>'first_ts')::timestamptz AS first_ts,
+    (manifest->>'last_ts')::timestamptz AS last_ts,
+    (manifest->'report'->'outliers'->>'validation_rate')::float8 AS outlier_rate
+FROM models WHERE model_name = $1 AND version = $2;
+
+-- name: load_trials
+SELECT model_name, docket::text AS docket FROM model_trials;
+
+-- name: save_trials
+-- model_name, docket (JSON text)
+INSERT INTO model_trials AS t (model_name, docket) VALUES ($1, $2::text::jsonb)
+ON CONFLICT (model_name) DO UPDATE SET docket = excluded.docket, updated_at = now();
 
 -- An outcome keeps its place (seq) when a correction changes it; it stands again where it was void.
 -- name: upsert_outcomes
@@ -511,12 +522,12 @@ FROM unnest($1::text[], $2::timestamptz[]) AS x (id, ts)
 WHERE o.id = x.id AND o.ts = x.ts AND NOT o.void;
 
 -- name: outcomes_of_version
--- model_name, model_version, after seq (exclusive), limit; in the order in which they became known
-SELECT seq, id, ts, symbol, timeframe, model_name, model_version, state, prob_up, base_rate, label, abstain, ret, up, won,
-    gross, net, candles_seq
+-- model_name, model_version, limit; the newest, newest first
+SELECT id, ts, symbol, timeframe, model_name, model_version, state, prob_up, base_rate, label, abstain, ret, up, won, gross,
+    net, candles_seq
 FROM signal_outcomes
-WHERE model_name = $1 AND model_version = $2 AND seq > $3 AND NOT void
-ORDER BY seq LIMIT $4;
+WHERE model_name = $1 AND model_version = $2 AND NOT void
+ORDER BY seq DESC LIMIT $3;
 
 -- The newest outcomes of one card.
 -- name: outcomes_of_card
@@ -527,5 +538,8 @@ WHERE timeframe = $4 AND symbol = $3 AND model_name = $1 AND model_version = $2 
 ORDER BY ts DESC LIMIT $5;
 
 -- name: card_series
--- model_name, model_version
-SELECT DISTINCT symbol, timeframe FROM signal_outcomes WHERE model_name = $1 AND model_version = $2 AND NOT void;
+-- model_name, model_version; the series of its newest outcomes
+SELECT DISTINCT symbol, timeframe FROM (
+    SELECT symbol, timeframe FROM signal_outcomes
+    WHERE model_name = $1 AND model_version = $2 AND NOT void ORDER BY seq DESC LIMIT 20000
+) AS newest;

@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import UTC, datetime
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 import msgspec
+import numpy as np
 import pytest
+from nats.aio.msg import Msg
+from sklearn.metrics import brier_score_loss, log_loss
 
-from actors.core.hashing import features_hash, signal_id
-from actors.core.manifest import MANIFEST_FILE, ONNX_FILE
-from actors.core.series import SeriesState, append
-from actors.core.serving import ServedModel
+from actors.core.docket import Docket
+from actors.core.manifest import MANIFEST_FILE
 from actors.emitter import Emitter
 from actors.features import Features
 from actors.recorder import Recorder
 from actors.scorer import Scorer
-from bus.client import Bus
-from bus.subjects import FEATURES, MODELS, OUTCOMES, SIGNALS
-from schema.messages import Candle, ModelEvent, Outcome
+from bus.client import Bus, outgoing
+from bus.consume import Reader
+from bus.subjects import ALERTS, DECIDE, FEATURES, MODELS, OUTCOMES, SCORECARD, SIGNALS
+from schema.messages import Alert, Candle, ModelEvent, Outcome
+from schema.scorecard import Scorecard, ScorecardRequest
 from schema.settings import Features as FeatureSettings
+from schema.settings import Models as ModelSettings
 from schema.settings import Recorder as RecorderSettings
 from schema.settings import Scorer as ScorerSettings
 from schema.settings import Settings, Symbol
-from tests.builders import LIVE, put, read_until, running, walk
+from tests.builders import put, read_until, running
 from tests.models import files, manifest_of, release
 from tests.system import read_file
 
@@ -171,3 +176,226 @@ async def test_outcomes_of_a_real_file_are_those_of_its_candles(
         )
     info = await bus.js.stream_info("EVENTS", subjects_filter="outcomes.>")
     assert info.state.subjects == {"outcomes.M1.EURUSD": len(known)}
+
+
+async def published(bus: Bus) -> list[tuple[str, Outcome]]:
+    """Every outcome of the stream with its message id."""
+    info = await bus.js.stream_info("EVENTS", subjects_filter="outcomes.>")
+    count = sum((info.state.subjects or {}).values())
+    async with Reader(bus, OUTCOMES, name="test-outcomes", start=1) as reader:
+        found = [await reader.next(10.0) for _ in range(count)]
+    return [(d.headers["Nats-Msg-Id"], d.message) for d in found]
+
+
+async def no_duplicates_known(bus: Bus) -> None:
+    """Makes the server forget message ids, as it does after two minutes."""
+    config = (await bus.js.stream_info("EVENTS")).config
+    config.duplicate_window = 0.1
+    await bus.js.update_stream(config)
+    alert = Alert(severity="info", check="test", message="Forgotten?", at=datetime.now(UTC))
+    message = outgoing(ALERTS, alert, "info", "test", msg_id="the same")
+    while (await bus.store(message)).duplicate:
+        pass
+
+
+async def test_what_a_crash_left_published_and_not_stored_is_not_said_twice(
+    bus: Bus, nats_url: str, pg_url: str, archive: asyncpg.Connection
+) -> None:
+    rows = walk(500)
+    async with running(*CHAIN, nats_url=nats_url, database_url=pg_url, settings=SETTINGS):
+        await put(bus, rows[:FIRST], history=True)
+        await read_until(bus, FEATURES, lambda blocks: bool(blocks))
+        await serve(bus, archive, spoken(files()))
+        await put(bus, rows[FIRST:], size=1)
+        await read_until(bus, SIGNALS, lambda found: len(found) >= len(rows) - FIRST)
+        await until(archive, "SELECT count(*) FROM model_signals", len(rows) - FIRST)
+        last = (await bus.js.stream_info("FEATURES")).state.last_seq
+        await until(archive, f"SELECT stream_seq = {last} FROM cursors WHERE reader = 'recorder.features'", True)
+    other = await asyncpg.connect(pg_url)
+    try:
+        held = other.transaction()
+        await held.start()
+        await other.execute("LOCK TABLE signal_outcomes IN SHARE MODE")  # it may be read, and takes no row
+        async with running(Scorer, nats_url=nats_url, database_url=pg_url, settings=SETTINGS):
+            await read_until(bus, OUTCOMES, lambda found: len(found) >= len(rows) - FIRST - 5)
+        await held.rollback()
+    finally:
+        await other.close()
+    assert await archive.fetchval("SELECT count(*) FROM signal_outcomes") == 0, "stored, so nothing was proved"
+    await no_duplicates_known(bus)
+    async with running(Scorer, nats_url=nats_url, database_url=pg_url, settings=SETTINGS):
+        await settled(bus, archive)
+    async with running(Scorer, nats_url=nats_url, database_url=pg_url, settings=SETTINGS):
+        await settled(bus, archive)
+    found = await published(bus)
+    assert [o.ts for _, o in found] == [r.ts for r in rows[FIRST:-5]]
+    assert await archive.fetchval("SELECT count(*) FROM signal_outcomes") == len(rows) - FIRST - 5
+
+
+async def test_a_standby_goes_on_where_the_first_one_stopped(
+    bus: Bus, nats_url: str, pg_url: str, archive: asyncpg.Connection
+) -> None:
+    rows = walk(620)
+    async with running(*CHAIN, nats_url=nats_url, database_url=pg_url, settings=SETTINGS):
+        await put(bus, rows[:FIRST], history=True)
+        await read_until(bus, FEATURES, lambda blocks: bool(blocks))
+        await serve(bus, archive, spoken(files()))
+        async with contextlib.AsyncExitStack() as second:
+            async with running(Scorer, nats_url=nats_url, database_url=pg_url, settings=SETTINGS):
+                await second.enter_async_context(
+                    running(Scorer, nats_url=nats_url, database_url=pg_url, settings=SETTINGS)
+                )
+                await put(bus, rows[FIRST:450], size=1)
+                await until(archive, "SELECT count(*) >= 20 FROM signal_outcomes", True)
+            await put(bus, rows[450:], size=1)
+            await until(archive, "SELECT count(*) FROM signal_outcomes", len(rows) - FIRST - 5)
+            await settled(bus, archive)
+    found = await published(bus)
+    assert [o.ts for _, o in found] == [r.ts for r in rows[FIRST:-5]]
+    assert len({name for name, _ in found}) == len(found)
+
+
+async def test_a_correction_after_the_outcome_changes_it_and_voids_what_was_superseded(
+    bus: Bus, nats_url: str, pg_url: str, archive: asyncpg.Connection
+) -> None:
+    rows = walk(420)
+    async with running(*CHAIN, Scorer, nats_url=nats_url, database_url=pg_url, settings=SETTINGS):
+        await put(bus, rows[:FIRST], history=True)
+        await read_until(bus, FEATURES, lambda blocks: bool(blocks))
+        await serve(bus, archive, spoken(files()))
+        await put(bus, rows[FIRST:], size=1)
+        await until(archive, "SELECT count(*) FROM signal_outcomes", len(rows) - FIRST - 5)
+        before = {r["ts"]: r for r in await archive.fetch("SELECT * FROM signal_outcomes")}
+        # Bar 380 had another close: its own features and all later ones change, and the labels of the five before it.
+        better = msgspec.structs.replace(rows[380], close=rows[380].close - 0.0004, low=rows[380].low - 0.0004)
+        await put(bus, [better])
+        await until(archive, "SELECT count(*) FROM signal_outcomes WHERE void", len(rows) - 5 - 380)
+        await settled(bus, archive)
+        # An open that no feature sees: two trades are entered at it.
+        opened = msgspec.structs.replace(rows[360], open=rows[360].low)
+        await put(bus, [opened])
+        await until(archive, "SELECT count(*) FROM candle_revisions", 2)
+        await settled(bus, archive)
+    corrected = [*rows[:360], opened, *rows[361:380], better, *rows[381:]]
+    stands = await archive.fetch("SELECT * FROM signal_outcomes WHERE NOT void ORDER BY ts")
+    assert [r["ts"] for r in stands] == [r.ts for r in rows[FIRST:-5]]
+    for i, row in enumerate(stands, start=FIRST):
+        agree(row, expected(corrected, i, row["prob_up"]))
+        assert (row["id"] == before[row["ts"]]["id"]) == (i < 380)
+    told = {o.signal_id: o for _, o in await published(bus)}  # the last word of each
+    for row in stands:
+        agree(told[row["id"]], {name: row[name] for name in ("ret", "gross", "net", "won", "candles_seq")})
+
+
+async def test_a_shadow_is_scored_without_a_signal_and_its_corrections_too(
+    bus: Bus, nats_url: str, pg_url: str, archive: asyncpg.Connection
+) -> None:
+    rows = walk(420)
+    silent = spoken(files(2))
+    model = ServedModel(manifest_of(silent), silent[ONNX_FILE])
+    async with running(*CHAIN, Scorer, nats_url=nats_url, database_url=pg_url, settings=SETTINGS):
+        await put(bus, rows[:FIRST], history=True)
+        await read_until(bus, FEATURES, lambda blocks: bool(blocks))
+        await serve(bus, archive, spoken(files()))
+        version = await shadow(bus, archive, silent)
+        await until(archive, "SELECT count(*) FROM models", 2)
+        await put(bus, rows[FIRST:400], size=1)
+        await until(archive, "SELECT count(*) > 0 FROM signal_outcomes WHERE state = 'shadow'", True)
+        better = msgspec.structs.replace(rows[390], close=rows[390].close - 0.0004, low=rows[390].low - 0.0004)
+        await put(bus, [better])
+        await put(bus, rows[400:], size=1)
+        await until(archive, f"SELECT max(ts) = '{rows[-6].ts}' FROM signal_outcomes WHERE state = 'shadow'", True)
+        await settled(bus, archive)
+    corrected = [*rows[:390], better, *rows[391:]]
+    features = append(SeriesState("EURUSD", "M1"), corrected, LIVE).rows
+    said = await archive.fetch("SELECT * FROM signal_outcomes WHERE state = 'shadow' AND NOT void ORDER BY ts")
+    first = next(i for i, r in enumerate(rows) if r.ts == said[0]["ts"])
+    assert first < FIRST + 20
+    assert [r["ts"] for r in said] == [r.ts for r in rows[first:-5]]
+    for i, row in enumerate(said, start=first):
+        assert row["prob_up"] == model.prob_up("EURUSD", features[i])
+        assert row["id"] == signal_id("EURUSD", "M1", rows[i].ts, version, features_hash("EURUSD", "M1", features[i]))
+        agree(row, expected(corrected, i, row["prob_up"]))
+    assert await archive.fetchval("SELECT count(*) FROM model_signals WHERE model_version = $1", version) == 0
+    assert {o.state for _, o in await published(bus)} == {"champion", "shadow"}
+
+
+async def test_evidence_reaches_the_trainer_and_is_asked_for_until_it_answers(
+    bus: Bus, nats_url: str, pg_url: str, archive: asyncpg.Connection
+) -> None:
+    """A champion whose outcomes are the opposite of what it says; the trainer is away for the first question."""
+    rows = walk(700)
+    settings = msgspec.structs.replace(SETTINGS, models=ModelSettings(rollback_evidence=1.0001))
+    asked: asyncio.Queue[Msg] = asyncio.Queue()
+    async with running(*CHAIN, Scorer, nats_url=nats_url, database_url=pg_url, settings=settings):
+        await put(bus, rows[:FIRST], history=True)
+        await read_until(bus, FEATURES, lambda blocks: bool(blocks))
+        await register(archive, spoken(files()), base_rate=0.5)
+        version = await release(bus, spoken(files()), "champion")
+        await put(bus, rows[FIRST:], size=20)
+        await until(archive, "SELECT count(*) > 300 FROM signal_outcomes", True)
+        subscription = await bus.nc.subscribe(DECIDE, cb=asked.put)
+        async with asyncio.timeout(20):
+            message = await asked.get()
+        request = msgspec.json.decode(message.data, type=DecisionRequest)
+        await message.respond(msgspec.json.encode(Verdict(ok=True, verdict="champion", message="Rolled back.")))
+        await subscription.unsubscribe()
+        await settled(bus, archive)
+        kept = msgspec.json.decode(await archive.fetchval("SELECT docket::text FROM model_trials"), type=Docket)
+    assert (request.action, request.version, request.against) == ("rollback", version, version)
+    assert kept.standing is not None
+    assert (kept.standing.kind, kept.standing.subject) == ("health", version)
+    # Every bar whose outcome is known to all, once: the newest ten wait for more.
+    assert kept.standing.seen.bars == len(rows) - FIRST - 5 - 10
+
+
+async def test_the_scorecard_is_what_numpy_says_of_the_outcomes(
+    bus: Bus, nats_url: str, pg_url: str, archive: asyncpg.Connection
+) -> None:
+    rows = walk(1_300)
+    settings = msgspec.structs.replace(SETTINGS, scorer=ScorerSettings(poll_seconds=0.02, window=800))
+    async with running(*CHAIN, Scorer, nats_url=nats_url, database_url=pg_url, settings=settings):
+        await put(bus, rows[:FIRST], history=True)
+        await read_until(bus, FEATURES, lambda blocks: bool(blocks))
+        version = await serve(bus, archive, spoken(files()))
+        await put(bus, rows[FIRST:], size=50)
+        await until(archive, "SELECT count(*) FROM signal_outcomes", len(rows) - FIRST - 5)
+        async with asyncio.timeout(30):
+            while True:
+                raw = await bus.request(SCORECARD, msgspec.json.encode(ScorecardRequest(symbol="EURUSD")))
+                cards = msgspec.json.decode(raw, type=Scorecard).cards
+                if cards and cards[0].last_ts == rows[-6].ts:
+                    break
+                await asyncio.sleep(0.1)
+        nothing = msgspec.json.decode(await bus.request(SCORECARD, b'{"symbol": "GBPUSD"}'), type=Scorecard)
+        wrong = msgspec.json.decode(await bus.request(SCORECARD, b'{"colour": 1}'))
+    (card,) = cards
+    assert nothing.cards == ()
+    assert "no request for a scorecard" in wrong["error"]
+    assert (card.model_version, card.symbol, card.timeframe, card.state) == (version, "EURUSD", "M1", "champion")
+    stored = await archive.fetch("SELECT * FROM signal_outcomes ORDER BY ts DESC LIMIT 800")
+    known = [r for r in stored if r["up"] is not None]
+    up, prob = np.array([r["up"] for r in known]), np.array([r["prob_up"] for r in known])
+    net = np.array([r["net"] for r in stored if r["net"] is not None])
+    assert (card.outcomes, card.ties) == (len(known), 800 - len(known))
+    assert (card.first_ts, card.last_ts) == (stored[-1]["ts"], stored[0]["ts"])
+    close = pytest.approx
+    assert card.brier == close(brier_score_loss(up, prob), rel=1e-12)
+    assert card.log_loss == close(log_loss(up, prob), rel=1e-12)
+    assert card.base_brier == close(brier_score_loss(up, np.full(len(up), 0.48)), rel=1e-12)
+    assert card.brier_gain == close(card.base_brier - card.brier, abs=1e-15)
+    assert card.rate == close(up.mean())
+    assert card.hit_rate == close(np.mean([r["won"] for r in stored if r["label"]]))
+    assert (card.trades, card.net_trades) == (sum(r["label"] != 0 for r in stored), len(net))
+    assert card.net_mean == close(net.mean(), rel=1e-12)
+    for interval, value in (
+        (card.brier_ci, card.brier),
+        (card.net_ci, card.net_mean),
+        (card.hit_rate_ci, card.hit_rate),
+    ):
+        assert interval is not None
+        assert interval[0] < value < interval[1]
+    assert sum(b.count for b in card.calibration) == len(known)
+    for b in card.calibration:
+        inside = (prob >= b.low) & ((prob < b.high) | (b is card.calibration[-1]))
+        assert (b.count, b.rate) == (int(inside.sum()), close(up[inside].mean()))
