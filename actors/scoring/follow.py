@@ -43,9 +43,12 @@ class Mark:
     reader: str
     place: Place | None = None
 
+    candles_seq: int = 0  # that was whole when it was loaded
+
     async def load(self, store: Store) -> Place | None:
         row = await store.fetchrow("load_cursor", self.reader, PARTITION)
         self.place = None if row is None else Place(row["stream_seq"], row["stream_created"], row["stored_at"])
+        self.candles_seq = 0 if row is None else row["candles_seq"]
         return self.place
 
     async def move(self, store: Store, connection: Connection, to: Place, candles_seq: int) -> None:
@@ -87,7 +90,11 @@ class Read:
 
 
 class Follower:
-    """An async context manager over both streams."""
+    """An async context manager over both streams.
+
+    Signals never run ahead of features in CANDLES sequences, so that outcomes become known in the order of their bars but for
+    the last few, however far the recorder is with either stream: evidence is a matter of order.
+    """
 
     def __init__(self, bus: Bus, store: Store, patience: Patience, log: Any) -> None:
         self._bus = bus
@@ -96,6 +103,7 @@ class Follower:
         self._log = log
         self._stack = AsyncExitStack()
         self._sources: list[_Source] = []
+        self._whole = 0  # the CANDLES sequence up to which features were read
 
     async def __aenter__(self) -> Self:
         try:
@@ -122,6 +130,8 @@ class Follower:
                 last=last,
             )
             place = None
+        if channel is FEATURES and place is not None:
+            self._whole = mark.candles_seq
         # The cursor's own message comes first: whether it is still the same shows whether the rest may be trusted.
         reader = await self._read(channel, 1 if place is None else place.seq)
         return _Source(channel, touched, mark, created, reader, place)
@@ -144,10 +154,15 @@ class Follower:
                 if delivery is None:
                     break
                 message = delivery.message
+                if source.channel is SIGNALS and message.candles_seq > self._whole:
+                    source.held = delivery
+                    break
                 out.touched.update(source.touched(message))
                 out.newest[prefix] = delivery
                 if getattr(message, "part", 1) == getattr(message, "parts", 1):
                     out.whole[prefix] = max(out.whole.get(prefix, 0), message.candles_seq)
+                    if source.channel is FEATURES:
+                        self._whole = max(self._whole, message.candles_seq)
         return out
 
     async def _limits(self) -> dict[str, int]:
