@@ -21,12 +21,14 @@ from nats.js.errors import NotFoundError
 from actors.artifacts import Artifacts
 from actors.core.docket import Docket
 from actors.core.outcomes import Changes, Known, message_id, spans
+from actors.core.serving import ModelRefused
 from actors.scoring.archive import OutcomeArchive
 from actors.scoring.cards import Cards
+from actors.scoring.drifts import Drifts
 from actors.scoring.follow import ACTOR, Follower, Mark, Place, Read, stream_state
 from actors.scoring.judge import Judge
 from actors.scoring.versions import Versions
-from bus.client import NO_MESSAGE, Outgoing, outgoing
+from bus.client import NO_MESSAGE, BusUnavailable, Outgoing, outgoing
 from bus.consume import Delivery, Reader, consume, last_message
 from bus.consume import Outcome as ConsumeOutcome
 from bus.patience import Patience
@@ -75,6 +77,9 @@ class Scorer:
                     await self._versions.on_event(await models.next())
                 self._judge = Judge(self._bus, self._archive, self._versions, self._ctx.settings.models, self._log)
                 self._cards = Cards(self._store, self._versions, self._patience, self._ctx.settings.scorer.window)
+                self._drifts = Drifts(
+                    self._bus, self._store, self._archive, self._versions, self._judge, self._patience, self._log
+                )
                 await self._patience.insist(lambda: self._judge.load(self._store))
                 await self._patience.insist(self._cards.load)
                 service = await serve(self._bus, self.name, self.description, {SCORECARD: self._cards.answer})
@@ -86,6 +91,8 @@ class Scorer:
                             "scorer-models": consume(models, self._on_event),
                             "scorer-decisions": self._judge.decide(),
                             "scorer-cards": self._cards.refresh(),
+                            "scorer-drift": self._drifts.watch(),
+                            "scorer-integrity": self._watch_files(),
                         }
                     )
                 finally:
@@ -99,6 +106,23 @@ class Scorer:
         done = await self._versions.on_event(delivery)
         await self._patience.insist(self._judge.sync)
         return done
+
+    async def _watch_files(self) -> None:
+        """Reads the champions' files anew as often as signals are audited: one that no longer verifies must not speak."""
+        while True:
+            for champion in self._versions.serving():
+                if champion.state != "champion":
+                    continue
+                try:
+                    await Artifacts(self._bus, self._ctx.settings).load(champion.model_name, champion.version)
+                except ModelRefused as error:
+                    if isinstance(error.__cause__, OSError):  # what this host lacks says nothing of the model
+                        self._log.warning("champion not verified", action="scorer.files", reason=str(error))
+                    else:
+                        self._judge.fault(champion, f"Its files no longer verify. {error}", {"refused": str(error)})
+                except BusUnavailable as error:
+                    self._log.warning("champion not verified", action="scorer.files", reason=str(error))
+            await asyncio.sleep(self._ctx.settings.scorer.audit_seconds)
 
     # --- outcomes --------------------------------------------------------------------------------------------------
 
@@ -141,6 +165,7 @@ class Scorer:
         dockets = self._judge.take(changes)
         await self._patience.insist(lambda: self._commit(follower, read, changes, place, dockets))
         self._cards.take(changes)
+        self._drifts.take(changes)
         follower.moved(read)
         if place is not None:
             self._published.place = place

@@ -8,17 +8,22 @@ correction) is scored and no evidence; a trial is an order of bets, and bets are
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from math import log
+from typing import Final, NamedTuple
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from actors.core.evidence import Paired
+from actors.core.evidence import Evidence, Paired
 from actors.core.evidence_trials import Decision, Trial, health, proof, shadow
 from actors.core.timeframe import FORWARD_BARS, FORWARD_SPAN
 from schema.messages import ModelState, Outcome
 from schema.settings import Models
 from schema.timeframes import SECONDS
+
+# The base rate of rises is bet against by this much: what is proved is that it is off by more than half of it.
+RATE_OFF: Final = 0.06
+RATE_ENOUGH: Final = 100.0  # e-value at which it is told: once in a hundred lives of a model without a reason
 
 
 class Party(NamedTuple):
@@ -46,12 +51,37 @@ class Bar(NamedTuple):
     spoken: dict[str, dict[str, Spoken]]
 
 
+class RateDrift(NamedTuple):
+    """How far it is proved that rises are more (``higher``) or less frequent than in training.
+
+    ``share`` is the evidence as a share of what is enough, in logarithms: at 1 it is told, once in a version's life (``told``).
+    """
+
+    higher: bool
+    share: float
+    e_value: float
+    rate: float
+    outcomes: int
+    since: int | None
+    told: bool
+
+
 class Docket(Struct, frozen=True, kw_only=True):
-    """``standing`` judges the version that serves, ``shadows`` each shadow against it. ``done``: the newest bar judged."""
+    """``standing`` judges the version that serves, ``shadows`` each shadow against it. ``done``: the newest bar judged.
+
+    ``higher`` and ``lower`` bet that the base rate of the serving version's training is off by more than half of
+    :data:`RATE_OFF`; ``rises`` and ``falls`` are what they have seen, ``rate_told`` whether a person knows. ``drifting``: symbol → inputs that are in an episode of drift.
+    """
 
     standing: Trial | None = None
     shadows: tuple[Trial, ...] = ()
     done: int | None = None
+    higher: Evidence = Evidence()
+    lower: Evidence = Evidence()
+    rises: int = 0
+    falls: int = 0
+    rate_told: bool = False
+    drifting: dict[str, tuple[str, ...]] = {}
 
     def sync(self, serving: Party | None, followed: Sequence[Party]) -> Docket:
         """The trials once these versions serve and are followed. Without a serving version shadows have no rival and wait."""
@@ -77,16 +107,19 @@ class Docket(Struct, frozen=True, kw_only=True):
             if trial is None:
                 trial = shadow(party.version, party.recipe, serving.version, serving.recipe)
             shadows.append(trial.against(serving.version, serving.recipe))
-        return replace(self, standing=standing, shadows=tuple(shadows))
+        out = replace(self, standing=standing, shadows=tuple(shadows))
+        if self.standing is not None and self.standing.subject != serving.version:  # another base rate, other inputs
+            out = Docket(standing=out.standing, shadows=out.shadows, done=out.done)
+        return out
 
     def add(self, bar: Bar, parties: Iterable[Party]) -> Docket:
         """The docket after one more complete bar; rows that a version may have been trained on are no evidence for it."""
         unseen = {p.version for p in parties if p.seen_until is None or bar.ts > p.seen_until}
         said = {version: rows for version, rows in bar.spoken.items() if version in unseen}
         standing = self.standing
+        own = [] if standing is None else [s for _, s in sorted(said.get(standing.subject, {}).items())]
         if standing is not None:
-            rows = [Paired(s.prob, s.base, s.up) for _, s in sorted(said.get(standing.subject, {}).items())]
-            standing = standing.add(bar.ts, bar.until, rows)
+            standing = standing.add(bar.ts, bar.until, [Paired(s.prob, s.base, s.up) for s in own])
         shadows = []
         for trial in self.shadows:
             rival = said.get(trial.rival or "", {})
@@ -96,7 +129,36 @@ class Docket(Struct, frozen=True, kw_only=True):
                 if symbol in rival
             ]
             shadows.append(trial.add(bar.ts, bar.until, both))
-        return replace(self, standing=standing, shadows=tuple(shadows), done=bar.ts)
+        return replace(
+            self,
+            standing=standing,
+            shadows=tuple(shadows),
+            done=bar.ts,
+            higher=self.higher.add(bar.ts, bar.until, [Paired(min(s.base + RATE_OFF, 1.0), s.base, s.up) for s in own]),
+            lower=self.lower.add(bar.ts, bar.until, [Paired(max(s.base - RATE_OFF, 0.0), s.base, s.up) for s in own]),
+            rises=self.rises + sum(s.up is True for s in own),
+            falls=self.falls + sum(s.up is False for s in own),
+        )
+
+    def rate_drift(self) -> RateDrift:
+        """The side for which more speaks."""
+        higher = self.higher.peak_better >= self.lower.peak_better
+        seen = self.higher if higher else self.lower
+        outcomes = self.rises + self.falls
+        rate = self.rises / outcomes if outcomes else 0.0
+        return RateDrift(
+            higher,
+            log(seen.peak_better) / log(RATE_ENOUGH),
+            seen.peak_better,
+            rate,
+            outcomes,
+            seen.since,
+            self.rate_told,
+        )
+
+    def told_rate(self) -> Docket:
+        """After it was told: it is not told again before another version serves."""
+        return replace(self, rate_told=True)
 
     def decisions(self, settings: Models) -> list[Decision]:
         """What the evidence decides now. Where several shadows have won, the one of the strongest evidence replaces."""

@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Final, NamedTuple
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from actors.core.timeframe import FORWARD_SPAN
 from schema.messages import Abstain, Label, ModelState, Outcome
@@ -138,10 +139,15 @@ def compare(wanted: Mapping[str, Known], stored: Mapping[str, Known]) -> Changes
     changed = [
         known
         for name, known in wanted.items()
-        if name in stored and (stored[name].void or stored[name].outcome != known.outcome)
+        if name in stored and (stored[name].void or _differs(stored[name].outcome, known.outcome))
     ]
     void = [(name, k.outcome.ts) for name, k in stored.items() if not k.void and name not in wanted]
     return Changes(tuple(sorted(new, key=_order)), tuple(sorted(changed, key=_order)), tuple(sorted(void)))
+
+
+def _differs(stored: Outcome, wanted: Outcome) -> bool:
+    """A newer version of a bar may leave all that an outcome is made of as it was."""
+    return stored != replace(wanted, candles_seq=stored.candles_seq)
 
 
 def _order(known: Known) -> tuple[int, datetime, str, str]:

@@ -26,12 +26,13 @@ Shadows = Mapping[tuple[str, str], ServedModel]  # by model name and version
 
 
 class Facts(NamedTuple):
-    """The share of rises that a version was trained on, its first and last training row's bar, and the share of its validation
-    rows that were out of distribution; None where its manifest does not say."""
+    """The share of rises that a version was trained on, its first and last training row's bar, its feature set, and the share of its
+    validation rows that were out of distribution; None where its manifest does not say."""
 
     base_rate: float
     first_ts: datetime | None = None
     last_ts: datetime | None = None
+    feature_set: str | None = None
     outlier_rate: float | None = None
 
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
-from actors.core.docket import Docket, Party, Window
+from actors.core.docket import Docket, Party, RateDrift, Window
 from actors.core.evidence_trials import Decision, Trial
 from actors.core.outcomes import Changes
 from actors.core.registry import Version
@@ -135,6 +135,31 @@ class Judge:
         """In the transaction of the outcomes that they have seen."""
         for name, docket in dockets.items():
             await connection.execute(store.sql("save_trials"), name, msgspec.json.encode(docket).decode())
+
+    # --- drift -----------------------------------------------------------------------------------------------------
+
+    def rates(self) -> list[tuple[Version, RateDrift]]:
+        """How far each serving version's base rate has drifted."""
+        return [
+            (version, self._dockets[version.model_name].rate_drift())
+            for version in self._versions.serving()
+            if version.model_name in self._dockets
+        ]
+
+    def told_rate(self, name: str) -> None:
+        self._dockets[name] = self._dockets[name].told_rate()
+
+    def drifting(self, name: str, symbol: str) -> frozenset[str]:
+        """The inputs of a symbol that are in an episode; kept with the trials, so that a restart tells nothing twice."""
+        docket = self._dockets.get(name)
+        return frozenset(() if docket is None else docket.drifting.get(symbol, ()))
+
+    def set_drifting(self, name: str, symbol: str, inputs: frozenset[str]) -> None:
+        docket = self._dockets.get(name)
+        if docket is not None and inputs != self.drifting(name, symbol):
+            drifting = {s: names for s, names in docket.drifting.items() if s != symbol}
+            drifting |= {symbol: tuple(sorted(inputs))} if inputs else {}
+            self._dockets[name] = msgspec.structs.replace(docket, drifting=drifting)
 
     # --- integrity -------------------------------------------------------------------------------------------------
 

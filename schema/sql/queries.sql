@@ -485,7 +485,7 @@ WHERE f.fwd_ret_5 IS NOT NULL AND n.bars = 5;
 -- name: model_facts
 -- model_name, version
 SELECT (manifest->>'base_rate')::float8 AS base_rate, (manifest->>'first_ts')::timestamptz AS first_ts,
-    (manifest->>'last_ts')::timestamptz AS last_ts,
+    (manifest->>'last_ts')::timestamptz AS last_ts, manifest->>'feature_set' AS feature_set,
     (manifest->'report'->'outliers'->>'validation_rate')::float8 AS outlier_rate
 FROM models WHERE model_name = $1 AND version = $2;
 
@@ -543,3 +543,10 @@ SELECT DISTINCT symbol, timeframe FROM (
     SELECT symbol, timeframe FROM signal_outcomes
     WHERE model_name = $1 AND model_version = $2 AND NOT void ORDER BY seq DESC LIMIT 20000
 ) AS newest;
+
+-- name: drift_rows
+-- timeframe, symbol, from, to, limit; the newest ready rows of a span that a training could use, newest first
+SELECT extract(epoch FROM ts)::float8, close, rsi, macd, macd_signal, macd_hist, atr, ma60, ret_1
+FROM features
+WHERE symbol = $2 AND timeframe = $1 AND ts >= $3 AND ts <= $4 AND ready AND ts_source <> 'assumed'
+ORDER BY ts DESC LIMIT $5;

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import asyncpg
 import msgspec
 import numpy as np
@@ -17,6 +18,8 @@ import pytest
 from nats.aio.msg import Msg
 from sklearn.metrics import brier_score_loss, log_loss
 
+from actors.collector import Collector
+from actors.core import drift
 from actors.core.docket import Docket
 from actors.core.hashing import features_hash, signal_id
 from actors.core.manifest import MANIFEST_FILE, ONNX_FILE
@@ -31,14 +34,15 @@ from actors.scoring import judge
 from bus.client import Bus, outgoing
 from bus.consume import Reader
 from bus.subjects import ALERTS, DECIDE, FEATURES, MODELS, OUTCOMES, SCORECARD, SIGNALS
+from deploy.server import free_port
 from schema.messages import Alert, Candle, ModelEvent, Outcome
 from schema.scorecard import Scorecard, ScorecardRequest
 from schema.settings import Features as FeatureSettings
+from schema.settings import Gateway, Settings, Symbol
 from schema.settings import Models as ModelSettings
 from schema.settings import Recorder as RecorderSettings
 from schema.settings import Scorer as ScorerSettings
-from schema.settings import Settings, Symbol
-from tests.builders import LIVE, put, read_until, running, walk
+from tests.builders import LIVE, START, put, read_until, running, walk
 from tests.models import files, manifest_of, release
 from tests.system import read_file
 
@@ -368,8 +372,12 @@ async def test_the_scorecard_is_what_numpy_says_of_the_outcomes(
     bus: Bus, nats_url: str, pg_url: str, archive: asyncpg.Connection
 ) -> None:
     rows = walk(1_300)
-    settings = msgspec.structs.replace(SETTINGS, scorer=ScorerSettings(poll_seconds=0.02, window=800))
-    async with running(*CHAIN, Scorer, nats_url=nats_url, database_url=pg_url, settings=settings):
+    settings = msgspec.structs.replace(
+        SETTINGS,
+        scorer=ScorerSettings(poll_seconds=0.02, window=800),
+        gateway=Gateway(port=free_port()),
+    )
+    async with running(*CHAIN, Collector, Scorer, nats_url=nats_url, database_url=pg_url, settings=settings):
         await put(bus, rows[:FIRST], history=True)
         await read_until(bus, FEATURES, lambda blocks: bool(blocks))
         version = await serve(bus, archive, spoken(files()))
@@ -382,6 +390,13 @@ async def test_the_scorecard_is_what_numpy_says_of_the_outcomes(
                 if cards and cards[0].last_ts == rows[-6].ts:
                     break
                 await asyncio.sleep(0.1)
+        async with aiohttp.ClientSession() as client:
+            url = f"http://127.0.0.1:{settings.gateway.port}/scorecard"
+            async with client.get(url, params={"model": version, "timeframe": "1m"}) as response:
+                over_http = msgspec.json.decode(await response.read(), type=Scorecard)
+            assert over_http.cards == cards
+            async with client.get(url, params={"model": "rf_h1"}) as response:
+                assert (await response.json()) == {"cards": [], "left_out": 0}
         nothing = msgspec.json.decode(await bus.request(SCORECARD, b'{"symbol": "GBPUSD"}'), type=Scorecard)
         wrong = msgspec.json.decode(await bus.request(SCORECARD, b'{"colour": 1}'))
     (card,) = cards
@@ -414,3 +429,89 @@ async def test_the_scorecard_is_what_numpy_says_of_the_outcomes(
     for b in card.calibration:
         inside = (prob >= b.low) & ((prob < b.high) | (b is card.calibration[-1]))
         assert (b.count, b.rate) == (int(inside.sum()), close(up[inside].mean()))
+
+
+async def test_without_a_scorer_the_gateway_says_so(bus: Bus, nats_url: str) -> None:
+    settings = Settings(gateway=Gateway(port=free_port()))
+    async with running(Collector, nats_url=nats_url, settings=settings), aiohttp.ClientSession() as client:
+        async with client.get(f"http://127.0.0.1:{settings.gateway.port}/scorecard") as response:
+            assert (response.status, response.headers["Retry-After"]) == (503, "2")
+            assert "scorer does not answer" in (await response.json())["error"]
+
+
+async def test_a_base_rate_that_no_longer_holds_is_told_once(
+    bus: Bus, nats_url: str, pg_url: str, archive: asyncpg.Connection
+) -> None:
+    rows = walk(900)
+    settings = msgspec.structs.replace(SETTINGS, models=ModelSettings(rollback_evidence=1e12))
+    async with running(*CHAIN, nats_url=nats_url, database_url=pg_url, settings=settings):
+        await put(bus, rows[:FIRST], history=True)
+        await read_until(bus, FEATURES, lambda blocks: bool(blocks))
+        version = await serve(bus, archive, spoken(files()), base_rate=0.9)
+        async with running(Scorer, nats_url=nats_url, database_url=pg_url, settings=settings):
+            await put(bus, rows[FIRST:700], size=20)
+            (alert,) = await read_until(bus, ALERTS, lambda found: bool(found))
+            await put(bus, rows[700:720], size=1)
+            await until(archive, "SELECT (docket->>'rate_told')::bool FROM model_trials", True)
+        async with running(Scorer, nats_url=nats_url, database_url=pg_url, settings=settings):
+            await put(bus, rows[720:], size=20)
+            await read_until(bus, SIGNALS, lambda found: len(found) >= len(rows) - FIRST)
+            await settled(bus, archive)
+            again = int(await archive.fetchval("SELECT docket->'higher'->>'to' FROM model_trials"))
+            await until(archive, "SELECT (docket->'higher'->>'bars')::int > 500 FROM model_trials", True)
+    assert again > rows[700].ts.timestamp()
+    assert (alert.severity, alert.check) == ("warning", "drift")
+    assert f"Rises are less frequent than when {version} was trained" in alert.message
+    info = await bus.js.stream_info("EVENTS", subjects_filter="alerts.>")
+    assert info.state.subjects == {"alerts.warning.drift": 1}
+
+
+async def test_inputs_unlike_the_trainings_are_told_once(
+    bus: Bus, nats_url: str, pg_url: str, archive: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice the range after training; fewer rows than the five days and 2,000 of a real window, to be quick."""
+    monkeypatch.setattr(drift, "DAYS", 2)
+    monkeypatch.setattr(drift, "ROWS", 600)
+    calm = walk(1_000, start=START)
+    last = calm[-1].close
+    wild = [
+        msgspec.structs.replace(
+            c,
+            ts=c.ts,
+            open=last + 3 * (c.open - last),
+            high=last + 3 * (c.high - last),
+            low=last + 3 * (c.low - last),
+            close=last + 3 * (c.close - last),
+        )
+        for c in walk(3_200, start=START)[1_000:]
+    ]
+    rows = [*calm, *wild]
+    artifacts = spoken(files(), first_ts=rows[0].ts, last_ts=rows[999].ts)
+    async with running(*CHAIN, Scorer, nats_url=nats_url, database_url=pg_url, settings=SETTINGS):
+        await put(bus, rows[:1_000], history=True)
+        await read_until(bus, FEATURES, lambda blocks: bool(blocks))
+        version = await serve(bus, archive, artifacts)
+        await put(bus, rows[1_000:], size=100)
+        found = await read_until(bus, ALERTS, lambda found: bool(found))
+        await settled(bus, archive)
+    assert found[0].details["symbol"] == "EURUSD"
+    assert found[0].details["version"] == version
+    assert set(found[0].details["stability"]) == {"atr_close"}
+
+
+async def test_a_champion_whose_files_are_damaged_is_to_be_rolled_back(
+    bus: Bus, nats_url: str, pg_url: str, archive: asyncpg.Connection
+) -> None:
+    settings = msgspec.structs.replace(SETTINGS, scorer=ScorerSettings(poll_seconds=0.02, audit_seconds=0.1))
+    asked: asyncio.Queue[Msg] = asyncio.Queue()
+    await bus.nc.subscribe(DECIDE, cb=asked.put)
+    async with running(*CHAIN, Scorer, nats_url=nats_url, database_url=pg_url, settings=settings):
+        version = await serve(bus, archive, spoken(files()))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asked.get(), 1.0)  # it looks ten times, and all is well
+        await bus.put_object(f"rf_m1/{version}/{ONNX_FILE}", files(2)[ONNX_FILE])
+        message = await asyncio.wait_for(asked.get(), 20.0)
+        request = msgspec.json.decode(message.data, type=DecisionRequest)
+        await message.respond(msgspec.json.encode(Verdict(ok=True, verdict="champion", message="Rolled back.")))
+    assert (request.action, request.version, request.evidence["kind"]) == ("rollback", version, "integrity")
+    assert request.reason.startswith("Its files no longer verify. ")
