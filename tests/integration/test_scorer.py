@@ -433,10 +433,14 @@ async def test_the_scorecard_is_what_numpy_says_of_the_outcomes(
 
 async def test_without_a_scorer_the_gateway_says_so(bus: Bus, nats_url: str) -> None:
     settings = Settings(gateway=Gateway(port=free_port()))
-    async with running(Collector, nats_url=nats_url, settings=settings), aiohttp.ClientSession() as client:
-        async with client.get(f"http://127.0.0.1:{settings.gateway.port}/scorecard") as response:
-            assert (response.status, response.headers["Retry-After"]) == (503, "2")
-            assert "scorer does not answer" in (await response.json())["error"]
+    url = f"http://127.0.0.1:{settings.gateway.port}/scorecard"
+    async with (
+        running(Collector, nats_url=nats_url, settings=settings),
+        aiohttp.ClientSession() as client,
+        client.get(url) as response,
+    ):
+        assert (response.status, response.headers["Retry-After"]) == (503, "2")
+        assert "scorer does not answer" in (await response.json())["error"]
 
 
 async def test_a_base_rate_that_no_longer_holds_is_told_once(
@@ -494,6 +498,8 @@ async def test_inputs_unlike_the_trainings_are_told_once(
         await put(bus, rows[1_000:], size=100)
         found = await read_until(bus, ALERTS, lambda found: bool(found))
         await settled(bus, archive)
+    info = await bus.js.stream_info("EVENTS", subjects_filter="alerts.>")
+    assert info.state.subjects == {"alerts.warning.drift": 1}
     assert found[0].details["symbol"] == "EURUSD"
     assert found[0].details["version"] == version
     assert set(found[0].details["stability"]) == {"atr_close"}
