@@ -109,10 +109,10 @@ outcomes_total: Final = CounterMetric("mt5_outcomes_total", "Outcomes stored, by
 outcomes_void_total: Final = CounterMetric(
     "mt5_outcomes_void_total", "Outcomes whose signal was superseded afterwards."
 )
-score_gauge: Final = GaugeMetric("mt5_model_score", "The scorecard's figures, by model, version, symbol and timeframe.")
-evidence_gauge: Final = GaugeMetric(
-    "mt5_model_evidence", "E-values by model, version and what they speak for, as log10."
+score_gauge: Final = GaugeMetric(
+    "mt5_model_score", "The scorecard's figures of the versions that serve, by model, symbol and timeframe."
 )
+evidence_gauge: Final = GaugeMetric("mt5_model_evidence", "E-values by model, trial and what they speak for, as log10.")
 decisions_total: Final = CounterMetric("mt5_model_decisions_total", "Decisions asked for, by action.", unlabelled=False)
 outliers_gauge: Final = GaugeMetric(
     "mt5_model_outliers", "Share of a model's newest signals that are out of distribution."

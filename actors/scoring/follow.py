@@ -20,7 +20,7 @@ from schema.messages import FeatureBlock, Signal
 
 ACTOR: Final = "scorer"  # the readers' name, and whose cursors these are
 PARTITION: Final = 0  # the derived streams are not partitioned
-BATCH_BARS: Final = 2_000  # bars of a batch, and at most one message's more
+BATCH_BARS: Final = 1_000  # bars of a batch, and at most one message's more
 READ_WAIT: Final = 0.5  # seconds that a message which the recorder has stored may take to come
 SAME_TIME: Final = 0.001  # seconds: a time of storing has passed through a float
 

@@ -51,7 +51,7 @@ class Judge:
         self._abstained: dict[tuple[str, str], deque[bool]] = {}  # by model and version: out of distribution or not
         self._outliers: dict[tuple[str, str], float | None] = {}  # their rate on validation
         self._faults: dict[str, Decision] = {}  # by model: what its champion's integrity asks for
-        self._no: dict[tuple[str, str, str], float] = {}  # decisions that the trainer refused, and when to ask again
+        self._no: dict[tuple[str, str, str], float] = {}  # decisions that were asked for, and when to ask again
         self.wake = asyncio.Event()
 
     # --- start and changes of the registry -------------------------------------------------------------------------
@@ -219,7 +219,8 @@ class Judge:
                     continue
                 verdict = await self._ask(name, decision)
                 if verdict is None:
-                    loop.call_later(ASK_AGAIN, self.wake.set)
+                    self._no[key] = loop.time() + ASK_AGAIN  # outcomes that come meanwhile are no reason to hurry
+                    loop.call_later(ASK_AGAIN + 0.05, self.wake.set)
                     continue
                 log = self._log.info if verdict.ok else self._log.warning
                 log(
