@@ -111,10 +111,16 @@ def _asking(commands: Any) -> None:
     )
     train.add_argument("--timeframe", required=True, metavar="TF", help="the timeframe to train, such as M1")
 
-    models = _groups(commands, "models", "the registry of models: list, show, promote, roll back")
+    models = _groups(commands, "models", "the registry of models: list, show, promote, roll back, retire, restore")
     listing = _command(models, "list", "commands.models:listing", "list the versions and their states", json=True)
     listing.add_argument("--model", metavar="NAME", help="this model only, such as rf_m1")
-    show = _command(models, "show", "commands.models:show", "show one version: its manifest and metrics", json=True)
+    show = _command(
+        models,
+        "show",
+        "commands.models:show",
+        "show one version: its state, decisions, manifest and metrics",
+        json=True,
+    )
     show.add_argument("version", metavar="VERSION")
     show.add_argument("--model", metavar="NAME", help="of this model, such as rf_m1")
     promote = _command(
@@ -125,21 +131,41 @@ def _asking(commands: Any) -> None:
         models, "rollback", "commands.models:rollback", "go back to the version that served before", json=True
     )
     rollback.add_argument("version", metavar="VERSION", nargs="?", help="to this one (default: the one before)")
-    for decision in (promote, rollback):
+    retire = _command(
+        models, "retire", "commands.models:retire", "follow a version no more, and never go back to it", json=True
+    )
+    retire.add_argument("version", metavar="VERSION")
+    for decision in (promote, rollback, retire):
         decision.add_argument("--model", metavar="NAME", help="of this model, where several have served")
         decision.add_argument(
             "--reason",
-            required=decision is promote,  # a way back must not wait for words
+            required=decision is not rollback,  # a way back must not wait for words
             default="by hand",
             metavar="TEXT",
             help="why; it is recorded and shown with the model",
         )
+    restore = _command(
+        models, "restore", "commands.models:restore", "fetch a version's verified files into MT5_HOME", json=True
+    )
+    restore.add_argument("version", metavar="VERSION", nargs="?", help="this one (default: those that serve)")
+    restore.add_argument("--model", metavar="NAME", help="of this model, such as rf_m1")
 
     signals = _groups(commands, "signals", "signals as they come: tail")
     tail = _command(signals, "tail", "commands.signals:tail", "print signals as they come", json=True)
     tail.add_argument("--symbol", metavar="S", help="of this symbol only")
     tail.add_argument("--timeframe", metavar="TF", help="of this timeframe only")
     tail.add_argument("--limit", type=count, metavar="N", help="end after N signals")
+
+    verify = _command(
+        commands, "verify", "commands.verify:verify", "make signals again and say whether they are identical", json=True
+    )
+    verify.add_argument("signal", metavar="SIGNAL_ID", nargs="?", help="this one")
+    verify.add_argument(
+        "--sample", type=count, metavar="N", help="N signals by chance, half of them of the newest bars"
+    )
+    verify.add_argument("--seed", type=int, metavar="S", help="of the chance, so that a sample can be drawn again")
+    verify.add_argument("--all", action="store_true", help="every archived signal")
+    verify.add_argument("--symbol", metavar="S", help="of this symbol only")
 
     gaps = _command(
         commands, "gaps", "commands.gaps:gaps", "what is missing of the archived candles and why", json=True

@@ -18,15 +18,16 @@ import msgspec
 from msgspec import Struct
 from nats.errors import Error as NatsError
 from nats.js.api import Header
-from nats.js.errors import APIError, BadObjectMetaError, DigestMismatchError, NotFoundError
+from nats.js.errors import APIError, NotFoundError
 
+from actors.artifacts import Artifacts
 from actors.core.hashing import signal_id
-from actors.core.manifest import MANIFEST_FILE, ONNX_FILE, Manifest
+from actors.core.ingest import digest_text
 from actors.core.serving import ModelRefused, ServedModel, build_signal, decide, expires_at, judged_at, makes_signal
 from actors.core.timeframe import end_time
 from bus.client import BusUnavailable, Outgoing, outgoing
 from bus.consume import Delivery, Done, Outcome, Reader, StreamReplaced, consume, find, last_message
-from bus.subjects import FEATURES, MODEL_FILES, MODELS, SIGNAL_AGAIN, SIGNALS
+from bus.subjects import CANDLE, FEATURES, FEATURES_AT, MODELS, RECEIVED_AT, SIGNAL_AGAIN, SIGNALS
 from bus.supervise import Context, run_tasks, serve
 from bus.telemetry import cursor_lag, cursor_lag_seconds, signal_seconds, signals_total, trace_headers
 from bus.topology import model_name
@@ -36,7 +37,6 @@ from schema.messages import FeatureBlock, FeatureRow, ModelEvent, ModelState, Si
 READ_BACK: Final = 2_048  # signals read back at the start, and as many again until all of the newest message are read
 ANSWER_BUDGET: Final = 60.0
 ANSWER_PAUSE: Final = 0.25
-LOAD_BUDGET: Final = 20.0  # seconds that the object store has to send a model's file
 CHECK_PAUSE: Final = 0.5  # between two questions to a JetStream that comes back later than its connections
 ANSWERS: Final = ("activated", "refused")  # what an emitter says of a version
 
@@ -75,7 +75,7 @@ class Emitter:
         self._out = Writer(self.bus, str(SIGNALS.stream), 0)
         self._heard: dict[str, int] = {}  # model name → EVENTS sequence of the newest event of it that was read
         self._gate = asyncio.Lock()  # a batch of features, an activation and a repetition exclude each other
-        self._models: dict[tuple[str, str], ServedModel] = {}
+        self._artifacts = Artifacts(self.bus, ctx.settings)
 
     async def run(self) -> None:
         resume = await self._read_back()
@@ -184,7 +184,7 @@ class Emitter:
         Another version in its place would be a signal that nobody decided on, and that no replay would give.
         """
         try:
-            return await self._load(event)
+            return await self._artifacts.load(event.model_name, event.version)
         except ModelRefused as error:
             self.log.error(
                 "the version that serves cannot be loaded, signals say no_model until another one is released",
@@ -205,50 +205,6 @@ class Emitter:
 
     # --- models ----------------------------------------------------------------------------------------------------
 
-    async def _load(self, event: ModelEvent) -> ServedModel:
-        """A version from the object store, verified. Raises ModelRefused, or BusUnavailable where it does not answer."""
-        key = (event.model_name, event.version)
-        known = self._models.get(key)
-        if known is not None:
-            return known
-        folder = f"{event.model_name}/{event.version}"
-        try:
-            manifest = msgspec.json.decode(await self._file(f"{folder}/{MANIFEST_FILE}"), type=Manifest)
-            graph = await self._file(f"{folder}/{ONNX_FILE}")
-        except KeyError as error:
-            raise ModelRefused(f"{error.args[0]} is not in the object store: train again.") from error
-        except msgspec.DecodeError as error:
-            raise ModelRefused(f"{MANIFEST_FILE} of {event.version} cannot be read ({error}): train again.") from error
-        # Parsing a graph takes some 100 ms: beside the loop, so that no candle waits for it.
-        model = await asyncio.to_thread(ServedModel, manifest, graph)
-        self._models[key] = model
-        return model
-
-    async def _file(self, name: str) -> bytes:
-        """An object, within :data:`LOAD_BUDGET`. Raises KeyError, ModelRefused or BusUnavailable."""
-        try:
-            async with asyncio.timeout(LOAD_BUDGET):
-                store = await self.bus.js.object_store(MODEL_FILES)
-                known = await store.get_info(name)
-                # nats-py waits for ever for chunks that are lost, and asking again would not bring them back.
-                chunks = f"$O.{MODEL_FILES}.C.{known.nuid}"
-                info = await self.bus.js.stream_info(f"OBJ_{MODEL_FILES}", subjects_filter=chunks)
-                if (info.state.subjects or {}).get(chunks, 0) < (known.chunks or 0):
-                    raise ModelRefused(f"{name} is damaged in the object store, parts of it are lost: train again.")
-                return await self.bus.get_object(name)
-        except NotFoundError as error:
-            raise KeyError(name) from error
-        except BusUnavailable as error:
-            if isinstance(error.__cause__, DigestMismatchError):
-                raise ModelRefused(
-                    f"{name} is damaged in the object store, its digest differs: train again."
-                ) from error
-            raise
-        except BadObjectMetaError as error:
-            raise ModelRefused(f"{name} is damaged in the object store, its description is: train again.") from error
-        except (NatsError, APIError, TimeoutError) as error:
-            raise BusUnavailable(f"NATS did not send {name} ({type(error).__name__}).") from error
-
     async def _follow(self, models: Reader[ModelEvent]) -> None:
         async for delivery in models:
             event = delivery.message
@@ -268,7 +224,7 @@ class Emitter:
         """
         event = delivery.message
         try:
-            model = await self._load(event)
+            model = await self._artifacts.load(event.model_name, event.version)
         except ModelRefused as error:
             self.log.error("model refused", action="emitter.refused", version=event.version, reason=str(error))
             await self._answer(delivery, "refused", None, str(error))
@@ -282,8 +238,6 @@ class Emitter:
             self.ctx.standing.concerns.pop(event.timeframe, None)
         while len(serving) > 1 and serving[1].from_seq <= self._done + 1:
             del serving[0]  # no candle will ask for it again
-        keep = {(a.model.manifest.name, a.version) for rows in self.active.values() for a in rows if a.model}
-        self._models = {key: model for key, model in self._models.items() if key in keep}
         self.log.info(
             "model serves", action="emitter.activated", version=event.version, state=event.state, from_seq=from_seq
         )
@@ -352,7 +306,10 @@ class Emitter:
         block = delivery.message
         activation = self._serving(block.timeframe, block.candles_seq)
         now = datetime.now(UTC)
-        headers = trace_headers(delivery.headers)
+        headers = trace_headers(delivery.headers) | {
+            RECEIVED_AT: block.received_at.isoformat(),
+            FEATURES_AT: datetime.fromtimestamp(delivery.stored_at, UTC).isoformat(),
+        }
         out: list[Outgoing] = []
         for row in block.rows:
             if not makes_signal(row):
@@ -365,7 +322,8 @@ class Emitter:
             signals_total.inc(abstain=signal.abstain or "none")
             # A correction that is taken back makes the first signal again: the same id, and yet another message.
             msg_id = _msg_id(signal)
-            out.append(outgoing(SIGNALS, signal, block.timeframe, block.symbol, msg_id=msg_id, headers=headers))
+            own = headers | {CANDLE: digest_text(row)}
+            out.append(outgoing(SIGNALS, signal, block.timeframe, block.symbol, msg_id=msg_id, headers=own))
         if len(block.rows) == 1 and not block.replay:
             signal_seconds.observe((now - block.received_at).total_seconds())
         return Done(tuple(out))

@@ -418,11 +418,10 @@ class Features:
                     row["candles_seq"],
                     heard_at=row["heard_at"],
                 )
-                window.restore(_candle(row), row["revision"], new)
+                window.restore(_candle(row), row["revision"], new, row["applied_seq"] or 0)
             for row in former:
                 window.recall(_candle(row))
-            for row in withdrawn:
-                window.recall_withdrawal(int(row["ts"].timestamp()), row["revision"])
+            window.recall_withdrawals((int(row["ts"].timestamp()), row["revision"], row["seq"]) for row in withdrawn)
 
     async def _recompute_deferred(self) -> None:
         """Once nothing older has come for a while, the bars before a series' first are taken in, all together."""

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Final, Generic, TypeVar
 
 from nats.errors import Error as NatsError
 
-from actors.core.batching import Batch, reduce_features, reduce_signals
+from actors.core.batching import Batch, Stages, reduce_features, reduce_signals
 from bus.client import BusUnavailable
 from bus.consume import Delivery, Reader, park
 from bus.forward import check_forward
 from bus.store import Store, StoreRejected, StoreUnavailable
-from bus.subjects import CANDLES, FEATURES, SIGNALS, Channel
+from bus.subjects import CANDLE, CANDLES, FEATURES, FEATURES_AT, RECEIVED_AT, SIGNALS, Channel
 from bus.supervise import ConfigurationError, Context, run_tasks
-from bus.telemetry import archive_up, cursor_lag, cursor_lag_seconds, recorder_rows_total
+from bus.telemetry import archive_up, cursor_lag, cursor_lag_seconds, recorder_rows_total, time_of, trace_id
 from schema.messages import FeatureBlock, Message, Signal
 
 M = TypeVar("M", bound=Message)
@@ -40,13 +40,17 @@ class Sink(Generic[M]):
 
     channel: Channel[M]
     rows: Callable[[M], int]
-    reduce: Callable[[Iterable[M]], Batch]
+    reduce: Callable[[Sequence[Delivery[M]]], Batch]
 
 
 FEATURE_SINK: Final[Sink[FeatureBlock]] = Sink(
-    FEATURES, lambda block: len(block.rows) + len(block.fills), reduce_features
+    FEATURES,
+    lambda block: len(block.rows) + len(block.fills),
+    lambda blocks: reduce_features(d.message for d in blocks),
 )
-SIGNAL_SINK: Final[Sink[Signal]] = Sink(SIGNALS, lambda _: 1, reduce_signals)
+SIGNAL_SINK: Final[Sink[Signal]] = Sink(
+    SIGNALS, lambda _: 1, lambda signals: reduce_signals((d.message for d in signals), map(_stages, signals))
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,9 +285,15 @@ class _Archive:
 def _reduced(sink: Sink[M], deliveries: Sequence[Delivery[M]]) -> Batch:
     """Raises StoreRejected where the messages cannot be turned into rows, so that the one at fault is found and parked."""
     try:
-        return sink.reduce(d.message for d in deliveries)
+        return sink.reduce(deliveries)
     except Exception as error:
         raise StoreRejected(f"it cannot be turned into rows ({type(error).__name__}: {error})") from error
+
+
+def _stages(delivery: Delivery[Signal]) -> Stages:
+    """A signal's trace and stage times, as the headers of its message tell them."""
+    headers = delivery.headers
+    return Stages(trace_id(headers), time_of(headers, RECEIVED_AT), time_of(headers, FEATURES_AT), headers.get(CANDLE))
 
 
 def _reader(sink: Sink[M]) -> str:

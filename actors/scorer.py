@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -19,6 +20,7 @@ from nats.js.api import Header
 from nats.js.errors import NotFoundError
 
 from actors.artifacts import Artifacts
+from actors.audit import Auditor
 from actors.core.docket import Docket
 from actors.core.outcomes import Changes, Known, message_id, spans
 from actors.core.serving import ModelRefused
@@ -63,7 +65,7 @@ class Scorer:
         self._said: set[str] = set()  # message ids that stand in the stream and may not be stored yet
 
     async def run(self) -> None:
-        self._store = await Store.connect(self._url, size=3, name=f"mt5-{self.name}")
+        self._store = await Store.connect(self._url, size=4, name=f"mt5-{self.name}")
         try:
             self._archive = OutcomeArchive(self._store, self._ctx.settings.symbols)
             await self._read_back()
@@ -93,6 +95,7 @@ class Scorer:
                             "scorer-cards": self._cards.refresh(),
                             "scorer-drift": self._drifts.watch(),
                             "scorer-integrity": self._watch_files(),
+                            "scorer-audit": self._auditor().run(),
                         }
                     )
                 finally:
@@ -106,6 +109,11 @@ class Scorer:
         done = await self._versions.on_event(delivery)
         await self._patience.insist(self._judge.sync)
         return done
+
+    def _auditor(self) -> Auditor:
+        return Auditor(
+            self._ctx, self._store, lambda: Artifacts(self._bus, self._ctx.settings).load, random.SystemRandom()
+        )
 
     async def _watch_files(self) -> None:
         """Reads the champions' files anew as often as signals are audited: one that no longer verifies must not speak."""

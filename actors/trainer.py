@@ -1,14 +1,14 @@
 """Trains on request and on schedule, keeps the versions, and has a person's word on which one serves.
 
 The training itself runs in a child process of lower priority that ends with it, so that scikit-learn's memory and time
-never meet an actor; the child dies with its parent. What serves is decided by events: the trainer releases a version,
-the emitter activates it, and the registry, the table and the link to the pickle follow from these events.
+never meet an actor; the child dies with its parent. Every version is signed: nobody loads one that is not. What serves is
+decided by events: the trainer releases a version, the emitter activates it, and the registry at the desk, the tables and
+the link to the pickle follow from these events.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -20,29 +20,35 @@ from typing import Any, BinaryIO, ClassVar, Final
 import msgspec
 from nats.errors import Error as NatsError
 
-from actors.core import verdicts
-from actors.core.manifest import MANIFEST_FILE, ONNX_FILE, PICKLE_FILE, build_manifest, version_name
-from actors.core.registry import Registry, Version
+from actors.core import signing, verdicts
+from actors.core.manifest import (
+    MANIFEST_FILE,
+    ONNX_FILE,
+    PICKLE_FILE,
+    SIGNATURE_FILE,
+    Manifest,
+    build_manifest,
+    version_name,
+)
+from actors.core.registry import Version
 from actors.core.schedule import Schedule, parse_schedule
 from actors.core.spool import pack
-from actors.core.verdicts import Progress, ReleaseRequest, TrainRequest, Verdict
-from actors.workshop import files
+from actors.core.verdicts import Progress, TrainRequest, Verdict
+from actors.workshop import files, shelf
 from actors.workshop.child import Job, RunFailed, run_child
+from actors.workshop.desk import Desk
+from actors.workshop.keys import KeysUnusable, signing_key
 from bus.client import BusUnavailable
-from bus.consume import Delivery, Done, Outcome, Reader, consume, last_message
+from bus.consume import Reader, consume, last_message
 from bus.store import Row, Store, StoreRejected, StoreUnavailable
-from bus.subjects import MODELS, PROMOTE, ROLLBACK, TRAIN
+from bus.subjects import MODELS, TRAIN
 from bus.supervise import ConfigurationError, Context, run_tasks, serve
-from bus.telemetry import trace_headers
 from bus.topology import model_name
-from schema.messages import ModelEvent, ModelState
 from schema.timeframes import SECONDS, canonical
 
 CHUNK_ROWS: Final = 20_000
 STORE_BUDGET: Final = 60.0  # seconds that a run's result waits for PostgreSQL or NATS
 RETRY_EVERY: Final = 1.0
-ACTIVATION_BUDGET: Final = 30.0  # seconds that an answer waits for the emitter
-SETTLE_BUDGET: Final = 5.0  # seconds that an answer waits for the registry's table
 END_OF_TIME: Final = datetime(9999, 1, 1, tzinfo=UTC)
 
 
@@ -66,34 +72,33 @@ class Trainer:
         self._ctx = ctx
         self._models = Path(ctx.settings.home) / "models"
         self._schedule = _schedule(ctx.settings.trainer.schedule)
-        self._registry = Registry()
-        self._changed: dict[tuple[str, str], Version] = {}
-        self._wake = asyncio.Event()
-        self._settled = asyncio.Event()
         self._queue: asyncio.Queue[_Run] = asyncio.Queue()
         self._runs = 0  # those that run or wait
-        self._waiters: dict[str, asyncio.Future[ModelEvent]] = {}
         self._store: Store
+        self._desk: Desk
+        self._key = b""
 
     async def run(self) -> None:
         if self._ctx.database_url is None:
             raise ConfigurationError("The trainer needs PostgreSQL: set MT5_DATABASE_URL.")
         self._store = await Store.connect(self._ctx.database_url, size=2, name=self.name)
         try:
+            self._key = await asyncio.to_thread(self._signing_key)
             await asyncio.to_thread(files.sweep, self._models)
+            desk = self._desk = Desk(self.bus, self._store, self.settings, self.log)
             async with Reader(self.bus, MODELS, name=f"{self.name}-models", start=1) as reader:
                 # Decisions need to know who serves: every event that is in the stream now comes first.
                 last = await last_message(self.bus, MODELS)
                 while last is not None and reader.position < last[0]:
-                    await self._on_event(await reader.next())
-                endpoints = {TRAIN: self._on_train, PROMOTE: self._on_promote, ROLLBACK: self._on_rollback}
+                    await desk.hear(await reader.next(), fresh=False)
+                endpoints = {TRAIN: self._on_train, **desk.endpoints}
                 service = await serve(self.bus, self.name, self.description, endpoints)
                 self._ctx.ready()
                 try:
                     await run_tasks(
                         {
-                            "trainer-events": consume(reader, self._on_event),
-                            "trainer-archive": self._archive(),
+                            "trainer-events": consume(reader, desk.hear),
+                            "trainer-archive": desk.archive(),
                             "trainer-work": self._work(),
                             "trainer-schedule": self._follow_schedule(),
                         }
@@ -104,39 +109,12 @@ class Trainer:
         finally:
             await self._store.close()
 
-    # --- events --------------------------------------------------------------------------------------------------
-
-    async def _on_event(self, delivery: Delivery[ModelEvent]) -> Outcome:
-        event = delivery.message
-        for version in self._registry.apply(event):
-            self._changed[version.model_name, version.version] = version
-        self._settled.clear()
-        self._wake.set()
-        if event.event in ("activated", "refused"):
-            waiter = self._waiters.get(event.version)
-            if waiter is not None and not waiter.done():
-                waiter.set_result(event)
-        return Done()
-
-    async def _archive(self) -> None:
-        """Brings the models table and the links to what the events say, as soon as each can be written."""
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            while self._changed:
-                key = next(iter(self._changed))
-                version = self._changed.pop(key)
-                state = (version.state, version.from_seq, version.activated_at, version.reason, version.by)
-                try:
-                    await self._store.execute("set_model_state", *key, *state)
-                except StoreUnavailable as error:
-                    self._changed.setdefault(key, version)
-                    self.log.warning("registry waits for PostgreSQL", action="trainer.archive", error=str(error))
-                    await asyncio.sleep(RETRY_EVERY)
-                serving = self._registry.serving(version.model_name)
-                if serving is not None:
-                    await asyncio.to_thread(files.link, self._models, serving.model_name, serving.version)
-            self._settled.set()
+    def _signing_key(self) -> bytes:
+        named = self.settings.models.public_key
+        try:
+            return signing_key(Path(self.settings.home) / "keys", Path(named).expanduser() if named else None)
+        except KeysUnusable as error:
+            raise ConfigurationError(str(error)) from error
 
     # --- requests ------------------------------------------------------------------------------------------------
 
@@ -162,93 +140,6 @@ class Trainer:
         run = _Run(request)
         self._queue.put_nowait(run)
         return await run.answer
-
-    async def _on_promote(self, data: bytes) -> bytes:
-        return await self._on_release(data, lambda r: self._named(r, "promote"), "")
-
-    async def _on_rollback(self, data: bytes) -> bytes:
-        return await self._on_release(data, self._rollback_target, "rollback: ")
-
-    async def _on_release(self, data: bytes, choose: Callable[[ReleaseRequest], Version], prefix: str) -> bytes:
-        try:
-            request = msgspec.json.decode(data or b"{}", type=ReleaseRequest)
-            if not request.reason.strip():
-                raise ValueError("a reason is needed; it is kept and shown with the model.")
-            version = choose(request)
-        except ValueError as error:
-            return _encode(verdicts.invalid(f"This cannot be done: {error}"))
-        try:
-            event = await self._release(version, "champion", f"{prefix}{request.reason.strip()}", "hand")
-        except BusUnavailable as error:
-            return _encode(verdicts.failed(f"{error} Ask again."))
-        return _encode(verdicts.released(version.model_name, version.version, "champion", event))
-
-    def _named(self, request: ReleaseRequest, verb: str) -> Version:
-        if request.version is None:
-            raise ValueError(f"name the version to {verb}; `models list` shows them.")
-        found = [v for v in self._registry.find(request.version) if request.model_name in (None, v.model_name)]
-        if not found:
-            raise ValueError(f"there is no version {request.version}; `models list` shows them.")
-        serving = self._registry.serving(found[0].model_name)
-        if serving is found[0] and serving.state == "champion":
-            raise ValueError(f"{request.version} is the champion already.")
-        return found[0]
-
-    def _rollback_target(self, request: ReleaseRequest) -> Version:
-        if request.version is not None:
-            return self._named(request, "roll back to")
-        names = [request.model_name] if request.model_name else list(self._registry.activations)
-        if len(names) != 1:
-            raise ValueError(f"name the model ({', '.join(names)})." if names else "no model has served yet.")
-        previous = self._registry.previous(names[0])
-        if previous is None:
-            raise ValueError(f"no earlier version of {names[0]} has served.")
-        return previous
-
-    # --- a release -----------------------------------------------------------------------------------------------
-
-    async def _publish(self, event: ModelEvent) -> None:
-        """Raises BusUnavailable where the event is not acknowledged within the budget."""
-        msg_id = f"{event.model_name}:{event.version}:{event.event}:{event.at.isoformat()}"
-        headers = trace_headers()
-        deadline = time.monotonic() + STORE_BUDGET
-        while True:
-            try:
-                await self.bus.publish(MODELS, event, event.model_name, msg_id=msg_id, headers=headers)
-            except BusUnavailable:
-                if time.monotonic() > deadline:
-                    raise
-                await asyncio.sleep(RETRY_EVERY)
-            else:
-                return
-
-    async def _release(self, version: Version, state: ModelState, reason: str, by: str) -> ModelEvent | None:
-        """Asks the emitter to serve a version; its answer, or None where none came within the budget."""
-        waiter: asyncio.Future[ModelEvent] = asyncio.get_running_loop().create_future()
-        self._waiters[version.version] = waiter
-        try:
-            await self._publish(
-                ModelEvent(
-                    event="released",
-                    model_name=version.model_name,
-                    version=version.version,
-                    timeframe=version.timeframe,
-                    at=datetime.now(UTC),
-                    state=state,
-                    reason=reason,
-                    by=by,
-                )
-            )
-            async with asyncio.timeout(ACTIVATION_BUDGET):
-                event = await waiter
-        except TimeoutError:
-            return None
-        finally:
-            self._waiters.pop(version.version, None)
-        with contextlib.suppress(TimeoutError):  # the answer's reader finds the table and the link as it says
-            async with asyncio.timeout(SETTLE_BUDGET):
-                await self._settled.wait()
-        return event
 
     # --- runs ----------------------------------------------------------------------------------------------------
 
@@ -305,22 +196,25 @@ class Trainer:
             await tell(Progress(stage="store", done=0.98))
             created = datetime.now(UTC)
             version, path = await asyncio.to_thread(self._store_files, folder, name, timeframe, created, report)
-        for file in (PICKLE_FILE, ONNX_FILE, MANIFEST_FILE):  # the manifest last: who finds it finds the others
+        for file in shelf.ORDER:
             data = await asyncio.to_thread((path / file).read_bytes)
             await self._patiently(partial(self.bus.put_object, f"{name}/{version}/{file}", data))
-        first = self._registry.serving(name) is None and self._registry.awaited(name) is None
+        manifest = msgspec.json.decode(data, type=Manifest)
+        registry = self._desk.registry
+        first = registry.serving(name) is None and registry.awaited(name) is None
         row = (name, version, timeframe, "candidate", created, data.decode())
         await self._patiently(partial(self._store.execute, "upsert_model", *row))
-        await self._keep_metrics(name, "provisional" if first else "candidate", version, "", report)
+        place = "provisional" if first else registry.place(name, self.settings.models.shadows)
+        await self._keep_metrics(name, place, version, "", report)
         await tell(Progress(stage="release", done=0.99))
+        entry = Version(name, version, timeframe, recipe=manifest.recipe)
         if first:
-            entry = Version(name, version, timeframe)
-            answer = await self._release(entry, "provisional", "the first version that passed", self.name)
-            return verdicts.released(name, version, "provisional", answer, report, str(path))
-        await self._publish(
-            ModelEvent(event="registered", model_name=name, version=version, timeframe=timeframe, at=datetime.now(UTC))
-        )
-        return verdicts.candidate(name, version, report, str(path))
+            answer = await self._desk.release(entry, "provisional", "the first version that passed", self.name, {})
+            verdict = verdicts.released(name, version, "provisional", answer, report, str(path))
+        else:
+            verdict = verdicts.registered(name, version, await self._desk.register(entry), report, str(path))
+        await self._desk.prune(name)
+        return verdict
 
     async def _read(self, timeframe: str, folder: Path, seed: int | None) -> Job:
         """Spools the training set into one file a symbol: neither this process nor a message holds it whole."""
@@ -361,7 +255,7 @@ class Trainer:
     def _store_files(
         self, folder: Path, name: str, timeframe: str, created: datetime, report: dict[str, Any]
     ) -> tuple[str, Path]:
-        """Completes the version's folder with its manifest and gives it its name, whole or not at all."""
+        """Completes the version's folder with its signed manifest and gives it its name, whole or not at all."""
         artifacts = {file: (folder / "version" / file).read_bytes() for file in (PICKLE_FILE, ONNX_FILE)}
         version = version_name(created, artifacts[ONNX_FILE])
         manifest = build_manifest(
@@ -373,7 +267,9 @@ class Trainer:
             created_at=created,
             expire_days=self.settings.trainer.expire_days,
         )
-        files.write(folder / "version" / MANIFEST_FILE, msgspec.json.format(msgspec.json.encode(manifest)))
+        text = msgspec.json.format(msgspec.json.encode(manifest))
+        files.write(folder / "version" / SIGNATURE_FILE, signing.sign(self._key, text))
+        files.write(folder / "version" / MANIFEST_FILE, text)
         path = self._models / name / version
         (folder / "version").rename(path)
         files.sync_folder(path.parent)

@@ -99,6 +99,7 @@ CHANNELS: Final[tuple[Channel[Message], ...]] = (  # type: ignore[assignment]
 # Headers of a signal, beside its trace: what is true of this one making of it and not of any other, as its times are.
 RECEIVED_AT: Final = "Mt5-Received-At"  # when the candle came to the gateway, RFC 3339
 FEATURES_AT: Final = "Mt5-Features-At"  # when JetStream stored its features
+CANDLE: Final = "Mt5-Candle"  # the digest of all values of its candle, of which its features use some only
 
 # KV buckets and the object store (JetStream keeps them as streams KV_<name> and OBJ_<name>).
 FEATURE_STATE: Final = "feature_state"

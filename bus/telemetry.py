@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Final
 
 from aioprometheus.collectors import Counter, Gauge, Histogram, Registry
@@ -102,6 +103,9 @@ recorder_rows_total: Final = CounterMetric("mt5_recorder_rows_total", "Rows arch
 archive_up: Final = GaugeMetric("mt5_archive_up", "1 while PostgreSQL takes what the recorder writes.")
 cursor_lag: Final = GaugeMetric("mt5_cursor_lag_messages", "Messages in the stream behind an actor's cursor.")
 cursor_lag_seconds: Final = GaugeMetric("mt5_cursor_lag_seconds", "Age of the newest message an actor has handled.")
+model_changes_total: Final = CounterMetric(
+    "mt5_model_changes_total", "Decisions on which version of a model speaks.", unlabelled=False
+)
 actor_restarts_total: Final = CounterMetric("mt5_actor_restarts_total", "Actors restarted.", unlabelled=False)
 owns_gauge: Final = GaugeMetric("mt5_owner", "1 while this process does the actor's work, 0 while it is a standby.")
 parked_total: Final = CounterMetric("mt5_parked_total", "Messages that an actor parked.", unlabelled=False)
@@ -118,6 +122,9 @@ outliers_gauge: Final = GaugeMetric(
     "mt5_model_outliers", "Share of a model's newest signals that are out of distribution."
 )
 drift_gauge: Final = GaugeMetric("mt5_drift", "How far inputs and outcomes are from the training's; 1 raises an alert.")
+audited_total: Final = CounterMetric(
+    "mt5_audited_signals_total", "Signals that were rebuilt and compared, by result.", unlabelled=False
+)
 series_gauge: Final = GaugeMetric("mt5_series", "Series known to an actor.")
 
 
@@ -173,6 +180,21 @@ def child_traceparent(parent: str | None) -> str:
         if len(parts) == 4 and len(parts[1]) == 32 and len(parts[2]) == 16:
             return f"{parts[0]}-{parts[1]}-{secrets.token_hex(8)}-{parts[3]}"
     return new_traceparent()
+
+
+def trace_id(headers: Mapping[str, str]) -> str | None:
+    """The trace that a message belongs to; None without a well-formed ``traceparent``."""
+    parts = headers.get(TRACEPARENT, "").split("-")
+    return parts[1] if len(parts) == 4 and len(parts[1]) == 32 else None
+
+
+def time_of(headers: Mapping[str, str], name: str) -> datetime | None:
+    """A header's time; None where it is absent or is no time: a message is not refused for what tells of its making."""
+    try:
+        at = datetime.fromisoformat(headers[name])
+    except (KeyError, ValueError):
+        return None
+    return at if at.tzinfo is not None else None
 
 
 def trace_headers(headers: Mapping[str, str] | None = None) -> dict[str, str]:

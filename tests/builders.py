@@ -7,6 +7,7 @@ import contextlib
 import itertools
 from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,11 @@ from bus.consume import Reader
 from bus.subjects import CANDLES, Channel
 from bus.supervise import Actor, run_actors
 from schema.messages import Candle, CandleBlock, FeatureRow
-from schema.settings import Settings
+from schema.settings import Models, Settings
 
 _COUNT = itertools.count()
+PUBLIC_KEY_FILE = Path(__file__).parent / "keys" / "models.pub"  # of tests/models.py
+TRUSTING = Settings(models=Models(public_key=str(PUBLIC_KEY_FILE)))  # settings that take what tests sign
 LIVE = Origin("", None, True, True, "utc", 1)  # a live terminal without a name
 START = 1_735_776_000  # 2025-01-02T00:00:00Z
 
@@ -83,7 +86,7 @@ async def running(
     task = asyncio.create_task(
         run_actors(
             actors,
-            settings or Settings(),
+            settings or TRUSTING,
             nats_urls={actor.name: nats_url for actor in actors},
             database_url=database_url,
             on_ready=on_ready,

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, TypeAlias
+from itertools import chain, repeat
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from msgspec.structs import astuple
 
@@ -134,15 +135,30 @@ def _reduce(blocks: Sequence[FeatureBlock]) -> tuple[Statement, ...]:
     return _batch(statements, 0).statements
 
 
-def reduce_signals(signals: Iterable[Signal]) -> Batch:
-    """Signals in stream order; of one id the one with the highest ``candles_seq``, the first among equals."""
-    newest: dict[str, Signal] = {}
+class Stages(NamedTuple):
+    """What the headers of a signal tell: its trace, when its candle came and its features were stored, its candle's digest."""
+
+    trace_id: str | None = None
+    received_at: datetime | None = None
+    features_at: datetime | None = None
+    candle_digest: str | None = None
+
+
+UNKNOWN: Final = Stages()
+
+
+def reduce_signals(signals: Iterable[Signal], stages: Iterable[Stages] = ()) -> Batch:
+    """Signals in stream order; of one id the one with the highest ``candles_seq``, the first among equals.
+
+    ``stages`` are theirs, one by one; where there are fewer, nothing is known of the rest.
+    """
+    newest: dict[str, tuple[Signal, Stages]] = {}
     superseding: dict[tuple[str, str, datetime, str], Signal] = {}
     candles_seq = 0
-    for signal in signals:
+    for signal, stage in zip(signals, chain(stages, repeat(UNKNOWN)), strict=False):
         known = newest.get(signal.id)
-        if known is None or signal.candles_seq > known.candles_seq:
-            newest[signal.id] = signal
+        if known is None or signal.candles_seq > known[0].candles_seq:
+            newest[signal.id] = (signal, stage)
         if signal.supersedes is not None:
             key = (signal.symbol, signal.timeframe, signal.ts, signal.model_name)
             by = superseding.get(key)
@@ -167,15 +183,18 @@ def reduce_signals(signals: Iterable[Signal]) -> Batch:
             s.features_hash,
             s.expires_at,
             s.supersedes,
+            *stage,
         )
-        for s in newest.values()
+        for s, stage in newest.values()
     ]
     replaced = [
         (s.id, s.ts, s.symbol, s.timeframe, s.model_name, s.created_at, s.candles_seq) for s in superseding.values()
     ]
     statements = [("upsert_signals", _turned(rows)), ("supersede_signals", _turned(replaced))]
     if rows:
-        statements.append(("supersede_withdrawn", ([s.id for s in newest.values()], [s.ts for s in newest.values()])))
+        statements.append(
+            ("supersede_withdrawn", ([s.id for s, _ in newest.values()], [s.ts for s, _ in newest.values()]))
+        )
     return _batch(statements, candles_seq)
 
 
@@ -227,6 +246,7 @@ def _market_columns(placed: Sequence[Placed]) -> Columns:
         column["live"],
         [server_time for _, server_time, _ in brought],
         [heard_at for _, _, heard_at in brought],
+        [block.candles_seq for _, block in placed],
     )
 
 

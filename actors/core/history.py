@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from bisect import bisect_left
-from collections.abc import MutableSequence, Sequence
+from collections.abc import Iterable, MutableSequence, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -94,19 +94,38 @@ class History:
 
     # --- versions --------------------------------------------------------------------------------------------------
 
-    def restore(self, row: Candle, revision: int, new: Origin) -> None:
-        """Takes a bar as the archive holds it, later than all before."""
+    def restore(self, row: Candle, revision: int, new: Origin, applied: int = 0) -> None:
+        """Takes a bar as the archive holds it, later than all before; ``applied`` is the sequence of its first use.
+
+        Whatever changed an earlier bar has published this one's row again.
+        """
+        before = self.published[-1] if self.published else 0
         self._insert(len(self.ts), row, new, revision)
+        self.published[-1] = max(self.published[-1], applied, before)
 
     def recall(self, row: Candle) -> None:
         """Told of values that a bar had before those it was restored with: sent again, they are no news."""
         self._former.setdefault(epoch(row), set()).add(digest(row))
 
-    def recall_withdrawal(self, ts: int, revision: int) -> None:
-        """Told of a bar that was withdrawn before the window's messages; it may have come back since."""
-        at = bisect_left(self.ts, ts)
-        if at == len(self.ts) or self.ts[at] != ts:
-            self._gone[ts] = revision
+    def recall_withdrawals(self, gone: Iterable[tuple[int, int, int]]) -> None:
+        """Told of bars that were withdrawn before the window's messages, ascending: open time, revision, sequence.
+
+        They may have come back since. Bars behind them that were there already have had their rows published again.
+        """
+        at, newest = 0, 0
+
+        def republish(until: int) -> None:
+            for later in range(at, until):
+                if self.arrived[later] < newest:
+                    self.published[later] = max(self.published[later], newest)
+
+        for ts, revision, seq in gone:
+            place = bisect_left(self.ts, ts, at)
+            republish(place)
+            at, newest = place, max(newest, seq)
+            if at == len(self.ts) or self.ts[at] != ts:
+                self._gone[ts] = revision
+        republish(len(self.ts))
 
     def apply(self, block: CandleBlock, seq: int, priority: Sequence[str]) -> int | None:
         """Takes a message of the log; returns the smallest index from which rows change, None if nothing changed.

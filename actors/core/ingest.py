@@ -19,7 +19,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from actors.core.clock import AS_UTC, Conversion
 from actors.core.timeframe import from_epoch
-from schema.messages import Candle, IngestCandle
+from schema.messages import Candle, FeatureRow, IngestCandle
 from schema.settings import Symbol
 from schema.timeframes import SECONDS, TIMEFRAMES, canonical
 
@@ -249,10 +249,15 @@ _RAW_LIST: Final = msgspec.json.Decoder(list[msgspec.Raw])
 _RAW_FIELDS: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
-def digest(row: Candle) -> int:
+def digest(row: Candle | FeatureRow) -> int:
     """A 64-bit fingerprint of a bar's values."""
     values = struct.pack("<7d", row.open, row.high, row.low, row.close, row.volume, row.spread, row.real_volume)
     return int.from_bytes(blake2b(values, digest_size=8).digest(), "little")
+
+
+def digest_text(row: Candle | FeatureRow) -> str:
+    """:func:`digest` of a row's candle in hex, as it travels beside a signal and is archived with it."""
+    return f"{digest(row):016x}"
 
 
 def block_id(symbol: str, timeframe: str, rows: Iterable[Candle], server_time: int | None) -> str:

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from typing import Any, Final
 
+import msgspec
 from msgspec import Struct
 
 from schema.messages import UtcTime
@@ -17,6 +18,16 @@ from schema.messages import UtcTime
 ONNX_FILE: Final = "model.onnx"
 PICKLE_FILE: Final = "model.pkl"
 MANIFEST_FILE: Final = "manifest.json"
+SIGNATURE_FILE: Final = "manifest.sig"  # over the exact bytes of manifest.json
+
+LABEL: Final = "fwd_ret_5 > 0"
+ALGORITHM: Final = "random forest, one sigmoid"  # another name where the same rows would be learnt from otherwise
+# Options that decide how a model is judged, or by which rows: two models that differ in these only are one recipe.
+NO_RECIPE: Final = frozenset({"bar_seconds", "seed", "folds", "min_rows", "points", "spreads"})
+
+
+class ModelRefused(ValueError):
+    """A version that must not serve; the message says why and what to do."""
 
 
 class ModelFile(Struct, frozen=True, kw_only=True):
@@ -30,7 +41,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
     """What ``manifest.json`` says of a version; ``report`` holds the training's figures in full.
 
     ``threshold`` None: no edge was found. ``max_spread`` is in points by symbol, None where spreads are unknown.
-    ``expires_at`` is in market time.
+    ``expires_at`` is in market time. ``recipe`` is empty in manifests of before there were recipes.
     """
 
     name: str
@@ -49,6 +60,17 @@ class Manifest(Struct, frozen=True, kw_only=True):
     threshold: float | None = None
     max_spread: dict[str, float | None] = {}
     report: dict[str, Any] = {}
+    recipe: str = ""
+
+
+def recipe_name(report: Mapping[str, Any], timeframe: str) -> str:
+    """What a version was made by, as 12 hex digits: inputs, label, algorithm and hyperparameters, not seed or rows.
+
+    Evidence belongs to a recipe: what its versions have shown counts for the next one.
+    """
+    parameters = {key: value for key, value in report.get("options", {}).items() if key not in NO_RECIPE}
+    facts = [timeframe, report["feature_set"], list(report["inputs"]), LABEL, ALGORITHM, sorted(parameters.items())]
+    return sha256(msgspec.json.encode(facts)).hexdigest()[:12]
 
 
 def version_name(created_at: datetime, graph: bytes) -> str:
@@ -85,4 +107,5 @@ def build_manifest(
         threshold=report["threshold"],
         max_spread=report["max_spread"],
         report=dict(report),
+        recipe=recipe_name(report, timeframe),
     )

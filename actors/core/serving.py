@@ -7,8 +7,7 @@ depend on how its block was cut.
 from __future__ import annotations
 
 from datetime import datetime
-from hashlib import sha256
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import onnxruntime
@@ -16,8 +15,11 @@ from numpy.typing import NDArray
 
 from actors.core.hashing import features_hash, signal_id
 from actors.core.inputs import FEATURE_SETS, FeatureSet
-from actors.core.manifest import MANIFEST_FILE, ONNX_FILE, Manifest
+from actors.core.manifest import MANIFEST_FILE, ONNX_FILE, Manifest, ModelRefused
+from actors.core.sealed import check_file
 from schema.messages import Abstain, CandleBlock, FeatureBlock, FeatureRow, Label, ModelState, Signal
+
+RUNTIME: Final = "onnxruntime"  # as a manifest's libraries name it
 
 __all__ = [  # the manifest's names too: who serves needs both
     "MANIFEST_FILE",
@@ -35,10 +37,6 @@ __all__ = [  # the manifest's names too: who serves needs both
     "makes_signal",
     "signal_id",
 ]
-
-
-class ModelRefused(ValueError):
-    """A version that must not serve; the message says why and what to do."""
 
 
 class OnnxModel:
@@ -69,24 +67,32 @@ class OnnxModel:
 
 
 class ServedModel:
-    """A verified version: its manifest, its graph and the feature set that feeds it."""
+    """A verified version: its manifest, its graph and the feature set that feeds it.
+
+    The manifest is taken as given: who has bytes of unknown origin asks :func:`actors.core.sealed.open_manifest` first.
+    """
 
     def __init__(self, manifest: Manifest, graph: bytes) -> None:
-        """Checks the graph against the manifest.
+        """Checks the graph against the manifest, before anything of it is parsed.
 
         Raises:
-            ModelRefused: another SHA-256, an unknown feature set or a graph of another shape.
+            ModelRefused: another SHA-256, an unknown feature set, another ONNX Runtime or a graph of another shape.
         """
-        expected = manifest.files.get(ONNX_FILE)
-        if expected is None or sha256(graph).hexdigest() != expected.sha256:
-            raise ModelRefused(
-                f"{ONNX_FILE} of {manifest.name} {manifest.version} is not the one its manifest names: train again."
-            )
+        check_file(manifest, ONNX_FILE, graph)
         feature_set = FEATURE_SETS.get(manifest.feature_set)
         if feature_set is None or feature_set.inputs != manifest.inputs:
             raise ModelRefused(
                 f"{manifest.name} {manifest.version} needs the feature set {manifest.feature_set}, "
                 f"which this release does not know ({', '.join(FEATURE_SETS)}): train again or upgrade."
+            )
+        trained_with = manifest.libraries.get(RUNTIME, "an unknown version")
+        if trained_with != onnxruntime.__version__:
+            # Another release may add in another order: signals would no longer be those that a replay gives.
+            raise ModelRefused(
+                f"{manifest.name} {manifest.version} was made with {RUNTIME} {trained_with} and {onnxruntime.__version__} is "
+                f"installed: train again with this release, or install {RUNTIME}=={trained_with}."
+                if RUNTIME in manifest.libraries
+                else f"{manifest.name} {manifest.version} does not say which {RUNTIME} it was made with: train again."
             )
         self.manifest = manifest
         self.feature_set: FeatureSet = feature_set

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
-from schema.messages import Message, ModelEvent
+from schema.messages import Message, ModelEvent, ModelState
 
-Outcome = Literal["provisional", "candidate", "champion", "refused", "failed", "busy", "invalid"]
+Outcome = Literal["provisional", "candidate", "shadow", "champion", "retired", "refused", "failed", "busy", "invalid"]
 
 
 class TrainRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -87,14 +87,20 @@ def refused(model_name: str, reason: str, report: Mapping[str, Any]) -> Verdict:
     return Verdict(ok=False, verdict="refused", message=message, model_name=model_name, **_figures(report))
 
 
-def candidate(model_name: str, version: str, report: Mapping[str, Any], path: str) -> Verdict:
+def registered(
+    model_name: str, version: str, state: Literal["shadow", "candidate"], report: Mapping[str, Any], path: str
+) -> Verdict:
     """A version that is stored while another serves."""
     call = f'mt5 models promote {version} --reason "…"'
-    message = f"{model_name} {version} is stored as a candidate: `{call}` makes it serve."
+    what = (
+        "is followed as a shadow: it takes over when its outcomes show that it should"
+        if state == "shadow"
+        else "is stored as a candidate, since enough shadows are followed"
+    )
     return Verdict(
         ok=True,
-        verdict="candidate",
-        message=message,
+        verdict=state,
+        message=f"{model_name} {version} {what}; `{call}` makes it serve at once.",
         model_name=model_name,
         version=version,
         path=path,
@@ -102,10 +108,24 @@ def candidate(model_name: str, version: str, report: Mapping[str, Any], path: st
     )
 
 
+def settled(model_name: str, version: str, state: ModelState, serving: bool) -> Verdict:
+    """A decision that needed, or needs, no word of the emitter's."""
+    message = f"{model_name} {version} {'serves as' if serving else 'is'} {state}."
+    return Verdict(ok=True, verdict=state, message=message, model_name=model_name, version=version, serving=serving)
+
+
+def waits(model_name: str, version: str, state: ModelState, asked: str | None) -> Verdict:
+    """The emitter has not answered an earlier release yet; nothing new was decided."""
+    if version == asked:
+        return released(model_name, version, state, None)
+    message = f"{model_name} {version} is released and the emitter has not answered: ask again when it has."
+    return Verdict(ok=False, verdict="failed", message=message, model_name=model_name, version=version)
+
+
 def released(
     model_name: str,
     version: str,
-    state: Literal["provisional", "champion"],
+    state: ModelState,
     answer: ModelEvent | None,
     report: Mapping[str, Any] | None = None,
     path: str | None = None,

@@ -50,28 +50,36 @@ RETURNING c.stream_seq;
 -- name: highest_candles_seq
 SELECT coalesce(max(candles_seq), 0) FROM cursors;
 
--- A version whose values and revision are stored already keeps the sequence, source and time it came with.
+-- A version whose values and revision are stored already keeps the sequence, source and time it came with, and the
+-- sequence from which on it was used; but for a bar that a rename has copied, of which only the log's own say is known.
 -- name: upsert_market_data
 -- ts[], symbol[], timeframe[], open[], high[], low[], close[], volume[], spread[], real_volume[], revision[], source[],
--- ts_source[], received_at[], candles_seq[], live[], server_time[], heard_at[]
+-- ts_source[], received_at[], candles_seq[], live[], server_time[], heard_at[], applied_seq[]
 INSERT INTO market_data AS m
     (ts, symbol, timeframe, open, high, low, close, volume, spread, real_volume, revision, source, ts_source,
-     received_at, candles_seq, live, server_time, heard_at)
+     received_at, candles_seq, live, server_time, heard_at, applied_seq)
 SELECT * FROM unnest(
     $1::timestamptz[], $2::text[], $3::text[], $4::float8[], $5::float8[], $6::float8[], $7::float8[], $8::float8[],
     $9::float8[], $10::float8[], $11::int4[], $12::text[], $13::text[], $14::timestamptz[], $15::int8[],
-    $16::bool[], $17::int8[], $18::timestamptz[]
+    $16::bool[], $17::int8[], $18::timestamptz[], $19::int8[]
 )
 ON CONFLICT (symbol, timeframe, ts) DO UPDATE SET
     open = excluded.open, high = excluded.high, low = excluded.low, close = excluded.close,
     volume = excluded.volume, spread = excluded.spread, real_volume = excluded.real_volume,
     revision = excluded.revision, source = excluded.source, ts_source = excluded.ts_source,
     received_at = excluded.received_at, candles_seq = excluded.candles_seq, live = excluded.live,
-    server_time = excluded.server_time, heard_at = excluded.heard_at
+    server_time = excluded.server_time, heard_at = excluded.heard_at,
+    applied_seq = CASE
+        WHEN m.applied_seq IS NOT NULL
+            AND (m.open, m.high, m.low, m.close, m.volume, m.spread, m.real_volume, m.revision) IS NOT DISTINCT FROM
+                (excluded.open, excluded.high, excluded.low, excluded.close, excluded.volume, excluded.spread,
+                 excluded.real_volume, excluded.revision)
+        THEN m.applied_seq ELSE excluded.applied_seq END
 WHERE m.candles_seq <= excluded.candles_seq
-    AND (m.open, m.high, m.low, m.close, m.volume, m.spread, m.real_volume, m.revision, m.ts_source) IS DISTINCT FROM
-        (excluded.open, excluded.high, excluded.low, excluded.close, excluded.volume, excluded.spread,
-         excluded.real_volume, excluded.revision, excluded.ts_source);
+    AND ((m.open, m.high, m.low, m.close, m.volume, m.spread, m.real_volume, m.revision, m.ts_source) IS DISTINCT FROM
+         (excluded.open, excluded.high, excluded.low, excluded.close, excluded.volume, excluded.spread,
+          excluded.real_volume, excluded.revision, excluded.ts_source)
+        OR (m.applied_seq IS NULL AND m.candles_seq < excluded.candles_seq));
 
 -- A newer sequence is written even over equal values: otherwise a repeat of what came between could bring old values
 -- back. The label goes by its own sequence (fwd_seq); at the same sequence null means "not yet known" and gives way.
@@ -127,19 +135,23 @@ WHERE f.symbol = x.symbol AND f.timeframe = x.timeframe AND f.ts = x.ts
 -- One id is one decision: the same id from a later CANDLES sequence is the decision made again, and stands anew.
 -- name: upsert_signals
 -- ts[], symbol[], timeframe[], model_name[], threshold[], prob_up[], label[], created_at[], id[], model_version[],
--- abstain[], candle_revision[], candles_seq[], features_hash[], expires_at[], supersedes[]
+-- abstain[], candle_revision[], candles_seq[], features_hash[], expires_at[], supersedes[], trace_id[], received_at[],
+-- features_at[], candle_digest[]
 INSERT INTO model_signals AS s
     (ts, symbol, timeframe, model_name, threshold, prob_up, label, created_at, id, model_version, abstain,
-     candle_revision, candles_seq, features_hash, expires_at, supersedes)
+     candle_revision, candles_seq, features_hash, expires_at, supersedes, trace_id, received_at, features_at,
+     candle_digest)
 SELECT * FROM unnest(
     $1::timestamptz[], $2::text[], $3::text[], $4::text[], $5::float8[], $6::float8[], $7::int2[], $8::timestamptz[],
-    $9::text[], $10::text[], $11::text[], $12::int4[], $13::int8[], $14::text[], $15::timestamptz[], $16::text[]
+    $9::text[], $10::text[], $11::text[], $12::int4[], $13::int8[], $14::text[], $15::timestamptz[], $16::text[],
+    $17::text[], $18::timestamptz[], $19::timestamptz[], $20::text[]
 )
 ON CONFLICT (id, ts) DO UPDATE SET
     threshold = excluded.threshold, prob_up = excluded.prob_up, label = excluded.label,
     created_at = excluded.created_at, abstain = excluded.abstain, candle_revision = excluded.candle_revision,
     candles_seq = excluded.candles_seq, expires_at = excluded.expires_at, supersedes = excluded.supersedes,
-    superseded_at = NULL
+    superseded_at = NULL, trace_id = excluded.trace_id, received_at = excluded.received_at,
+    features_at = excluded.features_at, candle_digest = excluded.candle_digest
 WHERE s.candles_seq < excluded.candles_seq;
 
 -- Of a bar's signals by one model only the newest stands; the others keep their rows.
@@ -172,9 +184,9 @@ WITH x AS (
 ), kept AS (
     INSERT INTO candle_revisions
         (ts, symbol, timeframe, open, high, low, close, volume, spread, real_volume, revision, source, ts_source,
-         received_at, candles_seq, live, replaced_by_seq, server_time, heard_at)
+         received_at, candles_seq, live, replaced_by_seq, server_time, heard_at, applied_seq)
     SELECT ts, symbol, timeframe, open, high, low, close, volume, spread, real_volume, revision, source, ts_source,
-        received_at, candles_seq, live, replaced_by_seq, server_time, heard_at
+        received_at, candles_seq, live, replaced_by_seq, server_time, heard_at, applied_seq
     FROM gone
     ON CONFLICT DO NOTHING
 ), cleared AS (
@@ -241,12 +253,12 @@ ORDER BY ts DESC, candles_seq DESC, id LIMIT $4;
 -- name: bars_before
 -- symbol, timeframe, after (exclusive) or null, candles_seq (exclusive); ascending
 SELECT ts, open, high, low, close, volume, spread, real_volume, revision, live, source, ts_source, candles_seq,
-    server_time, heard_at
+    server_time, heard_at, applied_seq
 FROM market_data
 WHERE symbol = $1 AND timeframe = $2 AND ts > coalesce($3::timestamptz, '-infinity') AND candles_seq < $4
 UNION ALL
 SELECT ts, open, high, low, close, volume, spread, real_volume, revision, live, source, ts_source, candles_seq,
-    server_time, heard_at
+    server_time, heard_at, applied_seq
 FROM candle_revisions
 WHERE symbol = $1 AND timeframe = $2 AND ts > coalesce($3::timestamptz, '-infinity')
     AND candles_seq < $4 AND replaced_by_seq >= $4
@@ -260,11 +272,11 @@ FROM candle_revisions
 WHERE symbol = $1 AND timeframe = $2 AND ts > coalesce($3::timestamptz, '-infinity') AND replaced_by_seq < $4;
 
 -- name: withdrawn_before
--- symbol, timeframe, after (exclusive) or null, candles_seq (exclusive)
-SELECT ts, max(revision) AS revision
+-- symbol, timeframe, after (exclusive) or null, candles_seq (exclusive); ascending
+SELECT ts, max(revision) AS revision, max(candles_seq) AS seq
 FROM candle_withdrawals
 WHERE symbol = $1 AND timeframe = $2 AND ts > coalesce($3::timestamptz, '-infinity') AND candles_seq < $4
-GROUP BY ts;
+GROUP BY ts ORDER BY ts;
 
 -- --- series ------------------------------------------------------------------------------------------------------
 
@@ -311,6 +323,7 @@ WHERE symbol = $1 AND timeframe = $2 AND ts > coalesce($3::timestamptz, '-infini
 ORDER BY ts LIMIT $4;
 
 -- Under the new name a bar counts its revisions anew and has made no signal; the recorder's later rows win over these.
+-- From when on features use it is for the log to say (applied_seq is null until then).
 -- name: copy_market_data
 -- old symbol, new symbol, timeframe, up to ts (included)
 INSERT INTO market_data
@@ -339,9 +352,9 @@ WITH gone AS (
 )
 INSERT INTO candle_revisions
     (ts, symbol, timeframe, open, high, low, close, volume, spread, real_volume, revision, source, ts_source,
-     received_at, candles_seq, live, replaced_by_seq, server_time, heard_at)
+     received_at, candles_seq, live, replaced_by_seq, server_time, heard_at, applied_seq)
 SELECT ts, symbol, timeframe, open, high, low, close, volume, spread, real_volume, revision, source, ts_source,
-    received_at, candles_seq, live, $4, server_time, heard_at
+    received_at, candles_seq, live, $4, server_time, heard_at, applied_seq
 FROM gone
 ON CONFLICT DO NOTHING;
 
@@ -380,6 +393,28 @@ UPDATE models SET
     state = $3, from_seq = coalesce($4::int8, from_seq), activated_at = coalesce($5::timestamptz, activated_at),
     reason = $6, by = $7
 WHERE model_name = $1 AND version = $2;
+
+-- An event is read at each start; its row is written once.
+-- name: insert_model_decision
+-- at, model_name, version, action, by, reason, evidence (JSON text)
+INSERT INTO model_decisions (at, model_name, version, action, by, reason, evidence)
+VALUES ($1, $2, $3, $4, $5, $6, $7::text::jsonb)
+ON CONFLICT DO NOTHING;
+
+-- name: model_decisions
+-- model_name, version, limit; the newest that made it serve or were made against it, oldest first
+SELECT * FROM (
+    SELECT id, at, version, action, by, reason, evidence::text AS evidence FROM model_decisions
+    WHERE model_name = $1 AND (version = $2 OR evidence->>'against' = $2)
+    ORDER BY at DESC, id DESC LIMIT $3
+) AS newest
+ORDER BY at, id;
+
+-- name: model_evidence
+-- model_name or null; each version's newest decision
+SELECT DISTINCT ON (model_name, version) model_name, version, action, evidence::text AS evidence
+FROM model_decisions WHERE $1::text IS NULL OR model_name = $1
+ORDER BY model_name, version, at DESC, id DESC;
 
 -- name: symbol_points
 SELECT symbol, point FROM symbols;
@@ -550,3 +585,100 @@ SELECT extract(epoch FROM ts)::float8, close, rsi, macd, macd_signal, macd_hist,
 FROM features
 WHERE symbol = $2 AND timeframe = $1 AND ts >= $3 AND ts <= $4 AND ready AND ts_source <> 'assumed'
 ORDER BY ts DESC LIMIT $5;
+
+-- --- receipts ---------------------------------------------------------------------------------------------------
+
+-- Several statements that see one state of the archive.
+-- name: audit_snapshot
+SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY;
+
+-- name: audit_cursors
+SELECT reader, candles_seq, stream_seq FROM cursors WHERE partition = 0;
+
+-- name: audit_signal
+-- id
+SELECT id, ts, symbol, timeframe, model_name, model_version, threshold, prob_up, label, abstain, candle_revision,
+    candles_seq, features_hash, created_at, expires_at, supersedes, trace_id, received_at, features_at,
+    candle_digest
+FROM model_signals WHERE id = $1;
+
+-- Ids are hashes: whatever follows a random one in their order is a random signal.
+-- name: audit_random
+-- ids[] (random, in hex), symbol or null, candles_seq up to which features are archived
+SELECT DISTINCT s.id, s.symbol, s.timeframe
+FROM unnest($1::text[]) AS r (id)
+CROSS JOIN LATERAL (
+    SELECT id, symbol, timeframe FROM model_signals
+    WHERE model_signals.id >= r.id AND ($2::text IS NULL OR symbol = $2) AND candles_seq <= $3
+    ORDER BY model_signals.id LIMIT 1
+) AS s;
+
+-- name: audit_newest
+-- timeframes[], symbol or null, candles_seq up to which features are archived, limit
+SELECT s.id, s.symbol, s.timeframe
+FROM unnest($1::text[]) AS t (timeframe)
+CROSS JOIN LATERAL (
+    SELECT id, ts, symbol, timeframe FROM model_signals
+    WHERE model_signals.timeframe = t.timeframe AND ($2::text IS NULL OR symbol = $2) AND candles_seq <= $3
+    ORDER BY ts DESC LIMIT $4
+) AS s
+ORDER BY s.ts DESC, s.id LIMIT $4;
+
+-- A step of an index a series, however many signals each has.
+-- name: audit_series
+-- symbol or null
+WITH RECURSIVE s AS (
+    (SELECT timeframe, symbol FROM model_signals ORDER BY timeframe, symbol LIMIT 1)
+    UNION ALL
+    SELECT n.timeframe, n.symbol
+    FROM s CROSS JOIN LATERAL (
+        SELECT m.timeframe, m.symbol FROM model_signals AS m
+        WHERE (m.timeframe, m.symbol) > (s.timeframe, s.symbol) ORDER BY m.timeframe, m.symbol LIMIT 1
+    ) AS n
+)
+SELECT symbol, timeframe FROM s WHERE $1::text IS NULL OR symbol = $1;
+
+-- name: audit_signals
+-- symbol, timeframe, ids[] or null, candles_seq up to which features are archived, after ts (exclusive) or null, limit
+SELECT id, ts, symbol, timeframe, model_name, model_version, threshold, prob_up, label, abstain, candle_revision,
+    candles_seq, features_hash, created_at, expires_at, supersedes, trace_id, received_at, features_at,
+    candle_digest
+FROM model_signals
+WHERE symbol = $1 AND timeframe = $2 AND ($3::text[] IS NULL OR id = ANY($3)) AND candles_seq <= $4
+    AND ts > coalesce($5::timestamptz, '-infinity')
+ORDER BY ts, candles_seq, id LIMIT $6;
+
+-- name: audit_features
+-- symbol, timeframe, ts[]
+SELECT ts, close, volume, spread, rsi, macd, macd_signal, macd_hist, atr, ma60, ret_1, fwd_ret_5, ready, bar,
+    candle_revision, candles_seq, fwd_seq
+FROM features WHERE symbol = $1 AND timeframe = $2 AND ts = ANY($3::timestamptz[]);
+
+-- Every version of a series' bars in the order in which features used them: of one sequence what had waited last, else
+-- withdrawals (null values) first. What a rename
+-- has retired is among them: it was used under the old name.
+-- name: audit_versions
+-- symbol, timeframe, to ts (included)
+SELECT * FROM (
+    SELECT coalesce(applied_seq, candles_seq) AS seq, extract(epoch FROM ts)::int8 AS ts, open, high, low, close, volume,
+        spread, real_volume, revision, live, heard_at, candles_seq AS brought_seq
+    FROM market_data WHERE symbol = $1 AND timeframe = $2 AND ts <= $3
+    UNION ALL
+    SELECT coalesce(applied_seq, candles_seq), extract(epoch FROM ts)::int8, open, high, low, close, volume, spread,
+        real_volume, revision, live, heard_at, candles_seq
+    FROM candle_revisions WHERE symbol = $1 AND timeframe = $2 AND ts <= $3
+    UNION ALL
+    SELECT candles_seq, extract(epoch FROM ts)::int8, NULL, NULL, NULL, NULL, NULL, NULL, NULL, revision, NULL, NULL,
+        candles_seq
+    FROM candle_withdrawals WHERE symbol = $1 AND timeframe = $2 AND ts <= $3
+) AS versions
+ORDER BY seq, brought_seq < seq, open IS NOT NULL, ts, revision;
+
+-- name: audit_activations
+SELECT timeframe, from_seq, version FROM models WHERE from_seq IS NOT NULL;
+
+-- name: insert_audits
+-- at, signal_id[], identical[], difference[]
+INSERT INTO signal_audits (at, signal_id, identical, difference)
+SELECT $1, * FROM unnest($2::text[], $3::bool[], $4::text[])
+ON CONFLICT DO NOTHING;

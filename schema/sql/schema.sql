@@ -9,6 +9,8 @@ CREATE TABLE schema_migrations (
 -- One row a bar: its current version. Prices are double precision, as the feed gives them: a round trip keeps every bit.
 -- candles_seq and server_time are the version's: the log's sequence that brought it, and the sender's clock, by which
 -- versions are ordered. heard_at is when the bar's age was judged, by its first live version (null: at its own end).
+-- applied_seq is the sequence from which on features used the version: later than candles_seq where the bar had to wait
+-- (null: the same).
 CREATE TABLE market_data (
     ts timestamptz NOT NULL,
     symbol text NOT NULL,
@@ -28,6 +30,7 @@ CREATE TABLE market_data (
     live boolean NOT NULL DEFAULT true,
     server_time bigint,
     heard_at timestamptz,
+    applied_seq bigint,
     PRIMARY KEY (symbol, timeframe, ts)
 );
 
@@ -52,6 +55,7 @@ CREATE TABLE candle_revisions (
     replaced_by_seq bigint NOT NULL,
     server_time bigint,
     heard_at timestamptz,
+    applied_seq bigint,
     PRIMARY KEY (symbol, timeframe, ts, revision, candles_seq)
 );
 
@@ -70,11 +74,11 @@ CREATE FUNCTION keep_candle_revision() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO candle_revisions
         (ts, symbol, timeframe, open, high, low, close, volume, spread, real_volume, revision, source, ts_source,
-         received_at, candles_seq, live, replaced_by_seq, server_time, heard_at)
+         received_at, candles_seq, live, replaced_by_seq, server_time, heard_at, applied_seq)
     VALUES
         (OLD.ts, OLD.symbol, OLD.timeframe, OLD.open, OLD.high, OLD.low, OLD.close, OLD.volume, OLD.spread,
          OLD.real_volume, OLD.revision, OLD.source, OLD.ts_source, OLD.received_at, OLD.candles_seq, OLD.live,
-         NEW.candles_seq, OLD.server_time, OLD.heard_at)
+         NEW.candles_seq, OLD.server_time, OLD.heard_at, OLD.applied_seq)
     ON CONFLICT DO NOTHING;
     RETURN NULL;
 END
@@ -165,6 +169,7 @@ CREATE TABLE model_signals (
     trace_id text,
     received_at timestamptz,
     features_at timestamptz,
+    candle_digest text,
     PRIMARY KEY (id, ts)
 );
 CREATE INDEX model_signals_series ON model_signals (timeframe, symbol, ts DESC);

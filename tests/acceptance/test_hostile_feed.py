@@ -19,7 +19,6 @@ import msgspec
 import pytest
 
 from actors.collector import Collector
-from actors.core.manifest import MANIFEST_FILE
 from actors.emitter import Emitter
 from actors.features import Features
 from actors.recorder import Recorder
@@ -33,7 +32,7 @@ from schema.settings import Gateway, Settings
 from schema.settings import Recorder as RecorderSettings
 from tests import hostile, models
 from tests.archive import QUERIES, Archive, Table, bits, pass_through, read_archive
-from tests.builders import read_until, running
+from tests.builders import PUBLIC_KEY_FILE, read_until, running
 from tests.hostile import KINDS, Feed, Kind, Post
 from tests.servers import OPERATOR, cloned_database, nats_server
 
@@ -92,6 +91,7 @@ def _settings(feeds: Sequence[Feed], port: int) -> Settings:
         "gateway": msgspec.to_builtins(Gateway(port=port)),
         "recorder": msgspec.to_builtins(RecorderSettings(linger=0.2)),
         "features": {"quiet_seconds": QUIET},
+        "models": {"public_key": str(PUBLIC_KEY_FILE)},
         "symbols": msgspec.to_builtins(symbols),
         "clock": clocks,
     }
@@ -104,11 +104,7 @@ def _symbols(feeds: Sequence[Feed]) -> tuple[str, ...]:
 
 def _model(symbols: tuple[str, ...]) -> dict[str, bytes]:
     """A version that serves these symbols and says up and down, so that labels are worth comparing."""
-    artifacts = _trained()
-    manifest = msgspec.structs.replace(
-        models.manifest_of(artifacts), symbols=symbols, threshold=0.5, max_spread=dict.fromkeys(symbols, 20.0)
-    )
-    return artifacts | {MANIFEST_FILE: msgspec.json.encode(manifest)}
+    return models.changed(_trained(), symbols=symbols, threshold=0.5, max_spread=dict.fromkeys(symbols, 20.0))
 
 
 @functools.cache

@@ -151,13 +151,13 @@ def test_the_newest_candles_have_one_signal_each_the_same_everywhere(trained: Tr
 
 
 @pytest.mark.slow
-def test_a_training_on_the_whole_file_is_a_candidate_beside_the_one_that_serves(trained: Trained) -> None:
+def test_a_training_on_the_whole_file_is_a_shadow_beside_the_one_that_serves(trained: Trained) -> None:
     system = trained.system
     system.replay(trained.file, SYMBOL, "M1", "--history")
     system.settle()
     assert system.counts(SYMBOL)["features"] == BARS
     verdict = train(system)
-    assert (verdict["verdict"], verdict["serving"]) == ("candidate", False)
+    assert (verdict["verdict"], verdict["serving"]) == ("shadow", False)
     check_figures(verdict, Trained(system, trained.file, verdict).manifest)
     assert verdict["rows"] > trained.verdict["rows"]
     link = system.home / "models" / f"{NAME}.pkl"

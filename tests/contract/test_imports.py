@@ -20,7 +20,17 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LIBRARIES = {
     "schema": {"msgspec"},
     "bus": {"msgspec", "nats", "asyncpg", "structlog", "aioprometheus"},
-    "actors.core": {"msgspec", "numpy", "scipy", "sklearn", "joblib", "skl2onnx", "onnx", "onnxruntime"},
+    "actors.core": {
+        "msgspec",
+        "numpy",
+        "scipy",
+        "sklearn",
+        "joblib",
+        "skl2onnx",
+        "onnx",
+        "onnxruntime",
+        "cryptography",
+    },
     "deploy": set(),
 }
 PURE = {

@@ -253,7 +253,14 @@ def test_doctor_finds_a_settings_file_that_others_can_read(system: Running, tmp_
 def test_models_and_training_without_data(system: Running) -> None:
     assert json.loads(system.mt5("models", "list", "--json").stdout) == {"models": []}
     assert "No model" in system.mt5("models", "list").stdout
-    for words in (["show", "v1"], ["promote", "v1", "--reason", "x"], ["rollback"]):
+    for words in (
+        ["show", "v1"],
+        ["promote", "v1", "--reason", "x"],
+        ["rollback"],
+        ["retire", "v1", "--reason", "x"],
+        ["restore"],
+        ["restore", "v1"],
+    ):
         done = system.mt5("models", *words)
         assert done.returncode == 1
         assert len(done.stderr.splitlines()) == 1

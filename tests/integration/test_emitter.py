@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from actors.core.manifest import MANIFEST_FILE, ONNX_FILE
+from actors.core.manifest import ONNX_FILE
 from actors.core.series import SeriesState, append
 from actors.core.serving import ServedModel, signal_id
 from actors.emitter import Emitter
@@ -19,7 +19,7 @@ from deploy.embedded import NatsServer
 from schema.messages import ModelEvent, Signal
 from schema.settings import Streams
 from tests.builders import LIVE, put, read_until, running, walk
-from tests.models import files, manifest_of, release
+from tests.models import changed, files, manifest_of, release, store
 
 BOTH = (Features, Emitter)
 
@@ -163,8 +163,8 @@ async def test_a_version_that_no_longer_loads_is_no_model_and_a_release_heals_it
         await put(bus, rows[300:310], size=1)
         before = await signals(bus, 10)
     assert {(s.model_version, s.abstain) for s in before} == {(second, "unproven")}
-    store = await bus.js.object_store(MODEL_FILES)
-    await store.delete(f"rf_m1/{second}/{ONNX_FILE}")
+    objects = await bus.js.object_store(MODEL_FILES)
+    await objects.delete(f"rf_m1/{second}/{ONNX_FILE}")
     async with running(*BOTH, nats_url=nats_url):
         await put(bus, rows[310:330], size=1)
         without = await signals(bus, 30)
@@ -184,11 +184,8 @@ async def test_a_version_that_no_longer_loads_is_no_model_and_a_release_heals_it
 
 
 async def test_a_feature_set_that_an_upgrade_retired_is_no_model(bus: Bus, nats_url: str) -> None:
-    artifacts = files()
-    manifest = msgspec.structs.replace(manifest_of(artifacts), feature_set="scale_free_v0")
+    manifest = await store(bus, changed(files(), feature_set="scale_free_v0"))
     rows = walk(310)
-    for name, data in (artifacts | {MANIFEST_FILE: msgspec.json.encode(manifest)}).items():
-        await bus.put_object(f"rf_m1/{manifest.version}/{name}", data)
     activated = ModelEvent(
         event="activated",
         model_name="rf_m1",
@@ -213,8 +210,7 @@ async def test_an_object_that_lost_its_chunks_is_refused_and_holds_nobody_up(bus
     manifest = manifest_of(artifacts)
     async with running(*BOTH, nats_url=nats_url):
         await put(bus, rows[:300], history=True)
-        for name, data in artifacts.items():
-            await bus.put_object(f"rf_m1/{manifest.version}/{name}", data)
+        await store(bus, artifacts)
         await bus.js.purge_stream(f"OBJ_{MODEL_FILES}", subject=f"$O.{MODEL_FILES}.C.>")
         released = ModelEvent(
             event="released",

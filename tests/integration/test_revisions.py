@@ -11,7 +11,6 @@ import asyncpg
 import msgspec
 import pytest
 
-from actors.core.manifest import MANIFEST_FILE
 from actors.core.series import SeriesState, append
 from actors.emitter import Emitter
 from actors.features import Features
@@ -22,11 +21,13 @@ from schema.messages import Candle
 from schema.settings import Features as FeatureSettings
 from schema.settings import Recorder as RecorderSettings
 from schema.settings import Settings
-from tests.builders import LIVE, put, read_until, running, walk
-from tests.models import files, manifest_of, release
+from tests.builders import LIVE, TRUSTING, put, read_until, running, walk
+from tests.models import changed, files, release
 
 SETTINGS = Settings(
-    features=FeatureSettings(snapshot_seconds=0.05, quiet_seconds=0.3), recorder=RecorderSettings(linger=0.01)
+    features=FeatureSettings(snapshot_seconds=0.05, quiet_seconds=0.3),
+    recorder=RecorderSettings(linger=0.01),
+    models=TRUSTING.models,
 )
 COLUMNS = "ts, close, volume, spread, rsi, macd, macd_signal, macd_hist, atr, ma60, ret_1, fwd_ret_5, ready, bar"
 
@@ -257,11 +258,10 @@ async def test_a_correction_keeps_the_verdict_on_its_bars_age(
 ) -> None:
     """What is computed again hours later is no staler than when it first came; a late bar is."""
     rows = walk(340)
-    artifacts = files()
-    manifest = msgspec.structs.replace(manifest_of(artifacts), threshold=0.5, max_spread={})
+    artifacts = changed(files(), threshold=0.5, max_spread={})
     standing = "SELECT count(*) FROM model_signals WHERE superseded_at IS NULL AND abstain IS "
     async with running(Features, Emitter, Recorder, nats_url=nats_url, database_url=pg_url, settings=SETTINGS):
-        await release(bus, artifacts | {MANIFEST_FILE: msgspec.json.encode(manifest)}, "champion")
+        await release(bus, artifacts, "champion")
         await until_served(bus)
         await put(bus, rows[:310], history=True)
         for row in [*rows[310:315], *rows[316:]]:

@@ -22,7 +22,7 @@ from actors.collector import Collector
 from actors.core import drift
 from actors.core.docket import Docket
 from actors.core.hashing import features_hash, signal_id
-from actors.core.manifest import MANIFEST_FILE, ONNX_FILE
+from actors.core.manifest import ONNX_FILE
 from actors.core.series import SeriesState, append
 from actors.core.serving import ServedModel
 from actors.core.verdicts import DecisionRequest, Verdict
@@ -39,11 +39,10 @@ from schema.messages import Alert, Candle, ModelEvent, Outcome
 from schema.scorecard import Scorecard, ScorecardRequest
 from schema.settings import Features as FeatureSettings
 from schema.settings import Gateway, Settings, Symbol
-from schema.settings import Models as ModelSettings
 from schema.settings import Recorder as RecorderSettings
 from schema.settings import Scorer as ScorerSettings
-from tests.builders import LIVE, START, put, read_until, running, walk
-from tests.models import files, manifest_of, release
+from tests.builders import LIVE, START, TRUSTING, put, read_until, running, walk
+from tests.models import changed, files, manifest_of, release, store
 from tests.system import read_file
 
 POINT = 1e-5
@@ -52,6 +51,7 @@ SETTINGS = Settings(
     recorder=RecorderSettings(linger=0.01),
     scorer=ScorerSettings(poll_seconds=0.02),
     symbols={"EURUSD": Symbol(point=POINT)},
+    models=TRUSTING.models,
 )
 CHAIN = (Features, Emitter, Recorder)
 FIRST = 320  # bars that come as history
@@ -59,8 +59,7 @@ FIRST = 320  # bars that come as history
 
 def spoken(artifacts: Mapping[str, bytes], **changes: Any) -> dict[str, bytes]:
     """A version with a threshold that trades most of the time."""
-    manifest = msgspec.structs.replace(manifest_of(dict(artifacts)), threshold=0.5, max_spread={}, **changes)
-    return {**artifacts, MANIFEST_FILE: msgspec.json.encode(manifest)}
+    return changed(artifacts, threshold=0.5, max_spread={}, **changes)
 
 
 @pytest.fixture
@@ -111,8 +110,7 @@ async def shadow(bus: Bus, archive: asyncpg.Connection, artifacts: Mapping[str, 
     """Registers a version as a shadow."""
     await register(archive, artifacts)
     manifest = manifest_of(dict(artifacts))
-    for name, data in artifacts.items():
-        await bus.put_object(f"{manifest.name}/{manifest.version}/{name}", data)
+    await store(bus, artifacts)
     event = ModelEvent(
         event="registered",
         model_name=manifest.name,
@@ -344,7 +342,9 @@ async def test_evidence_reaches_the_trainer_and_is_asked_for_until_it_answers(
 ) -> None:
     """Little evidence is enough here, so that it comes of what chance there is; nobody hears the first questions."""
     rows = walk(700)
-    settings = msgspec.structs.replace(SETTINGS, models=ModelSettings(rollback_evidence=1.0001))
+    settings = msgspec.structs.replace(
+        SETTINGS, models=msgspec.structs.replace(TRUSTING.models, rollback_evidence=1.0001)
+    )
     monkeypatch.setattr(judge, "ASK_AGAIN", 0.05)
     asked: asyncio.Queue[Msg] = asyncio.Queue()
     async with running(*CHAIN, Scorer, nats_url=nats_url, database_url=pg_url, settings=settings):
@@ -447,7 +447,9 @@ async def test_a_base_rate_that_no_longer_holds_is_told_once(
     bus: Bus, nats_url: str, pg_url: str, archive: asyncpg.Connection
 ) -> None:
     rows = walk(900)
-    settings = msgspec.structs.replace(SETTINGS, models=ModelSettings(rollback_evidence=1e12))
+    settings = msgspec.structs.replace(
+        SETTINGS, models=msgspec.structs.replace(TRUSTING.models, rollback_evidence=1e12)
+    )
     async with running(*CHAIN, nats_url=nats_url, database_url=pg_url, settings=settings):
         await put(bus, rows[:FIRST], history=True)
         await read_until(bus, FEATURES, lambda blocks: bool(blocks))

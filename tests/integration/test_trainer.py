@@ -114,7 +114,7 @@ async def test_a_models_life(bus: Bus, nats_url: str, pg_url: str, store: Store,
 
         folder = home / "models" / "rf_m1" / str(first.version)
         assert first.path == str(folder)
-        assert {p.name for p in folder.iterdir()} == {"model.pkl", "model.onnx", "manifest.json"}
+        assert {p.name for p in folder.iterdir()} == {"model.pkl", "model.onnx", "manifest.json", "manifest.sig"}
         manifest = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=Manifest)
         for name, file in manifest.files.items():
             data = (folder / name).read_bytes()
@@ -132,7 +132,7 @@ async def test_a_models_life(bus: Bus, nats_url: str, pg_url: str, store: Store,
         assert not list((home / "models").rglob(".run-*"))
 
         second = await ask(bus, TRAIN, timeframe="M1", seed=4)
-        assert (second.ok, second.verdict, second.serving) == (True, "candidate", False)
+        assert (second.ok, second.verdict, second.serving) == (True, "shadow", False)
         assert str(second.version) in second.message
         assert link.readlink().parts[1] == first.version
 
@@ -179,7 +179,7 @@ async def test_a_models_life(bus: Bus, nats_url: str, pg_url: str, store: Store,
     runs = await metrics(store)
     assert [(r["verdict"], r["version"], r["rows"]) for r in runs] == [
         ("provisional", first.version, first.rows),
-        ("candidate", second.version, second.rows),
+        ("shadow", second.version, second.rows),
         ("refused", None, 0),
     ]
     assert runs[0]["auc"] == first.auc

@@ -119,6 +119,7 @@ class Rig:
         """The system and its feed; ends both."""
         began = time.monotonic()
         try:
+            made_models.trust(self.system.home)
             self.system.start("up", "--isolate")
             with self.feed:
                 self.feed.await_progress(200, PROGRESS_SECONDS)
@@ -219,6 +220,7 @@ class Rig:
     def stand_in(self, names: tuple[str, ...], seconds: float) -> None:
         """A second process of each actor; the first is frozen until the second works, and wakes up while it does."""
         given = {"MT5_NATS_URL": self.system.ready["nats"], "MT5_DATABASE_URL": self.system.ready["database"]}
+        given["MT5_MODELS_PUBLIC_KEY"] = str(self.system.home / "keys" / "models.pub")
         with self.system.running_env({**given, "MT5_HOME": str(self.system.folder / "second")}, "up", *names) as second:
             for name in names:
                 self.freeze(name, seconds)

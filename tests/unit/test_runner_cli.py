@@ -10,10 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from actors.core.verdicts import candidate
+from actors.core.verdicts import registered
 from bus import permissions
 from commands.up import ACTORS, actor_class, processes
 from runner import parser
@@ -89,6 +90,7 @@ def test_help_is_fast(tmp_path: Path) -> None:
         ["signals"],
         ["train"],
         ["models", "promote", "v1"],
+        ["models", "retire", "v1"],
         ["replay", "file.csv"],
         ["demo", "--seconds", "soon"],
         ["demo", "--seconds", "-1"],
@@ -146,6 +148,8 @@ def test_settings_tell_the_value_and_its_source_with_secrets_masked(tmp_path: Pa
         ["models", "show", "v1"],
         ["models", "promote", "v1", "--reason", "x"],
         ["models", "rollback", "--reason", "x"],
+        ["models", "retire", "v1", "--reason", "x"],
+        ["models", "restore"],
         ["signals", "tail"],
         ["train", "--timeframe", "M1"],
     ],
@@ -231,8 +235,9 @@ def test_every_command_names_a_handler_and_can_be_parsed() -> None:
     assert top.parse_args(["models", "rollback"]).reason == "by hand"
 
 
-def test_the_call_that_a_candidates_verdict_names_is_one_that_works() -> None:
-    message = candidate("rf_m1", "v2", {}, "/models").message
+@pytest.mark.parametrize("state", ["shadow", "candidate"])
+def test_the_call_that_a_verdict_names_is_one_that_works(state: Literal["shadow", "candidate"]) -> None:
+    message = registered("rf_m1", "v2", state, {}, "/models").message
     program, *words = shlex.split(message.split("`")[1])
     args = parser().parse_args(words)
     assert (program, args.handler, args.version) == ("mt5", "commands.models:promote", "v2")

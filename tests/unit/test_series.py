@@ -264,8 +264,8 @@ def test_a_restored_bar_remembers_what_it_was() -> None:
     for at, row in enumerate(rows):
         history.restore(row, int(at == 5), Origin("a", 100, False, True, "utc", 7))
     history.recall(other(rows[5]))
-    history.recall_withdrawal(epoch(walk(11)[10]), 4)
-    history.recall_withdrawal(epoch(rows[2]), 4)  # came back since
+    # The first of them came back since.
+    history.recall_withdrawals([(epoch(rows[2]), 4, 6), (epoch(walk(11)[10]), 4, 6)])
     assert history.apply(live([other(rows[5])], source="a"), 8, ()) is None
     assert history.apply(live([other(rows[6])], source="a", clock=99), 9, ()) is None
     assert history.apply(live([other(rows[6])], source="a", clock=100), 10, ()) == 6
@@ -274,6 +274,17 @@ def test_a_restored_bar_remembers_what_it_was() -> None:
     made = history.rows(0, state).rows
     assert [row.revision for row in made] == [0] * 5 + [1, 1] + [0] * 3 + [5]
     assert [row.brought_seq for row in made] == [7] * 6 + [10] + [7] * 3 + [11]
+
+
+def test_a_restored_row_was_last_published_with_whatever_changed_a_bar_before_it() -> None:
+    rows = walk(6)
+    history = History()
+    for row, seq, applied in zip(rows, (1, 2, 9, 3, 12, 13), (1, 2, 9, 3, 15, 13), strict=True):
+        history.restore(row, 0, Origin("", None, False, True, "utc", seq), applied)
+    assert list(history.published) == [1, 2, 9, 9, 15, 15]
+    # A bar between the first two was withdrawn with 10, when the last two had not come yet.
+    history.recall_withdrawals([(epoch(rows[0]) + 30, 1, 10)])
+    assert list(history.published) == [1, 10, 10, 10, 15, 15]
 
 
 def test_deferred_history_has_the_place_that_the_log_gives_it() -> None:

@@ -6,6 +6,7 @@ from hashlib import sha256
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -45,7 +46,7 @@ MANIFEST = Manifest(
     timeframe="M1",
     created_at=TS,
     files={},
-    libraries={},
+    libraries={"onnxruntime": onnxruntime.__version__},
     feature_set=SCALE_FREE_V1.name,
     inputs=SCALE_FREE_V1.inputs,
     symbols=("EURUSD",),
