@@ -70,7 +70,10 @@ def _command(group: Any, name: str, handler: str, text: str, *, json: bool = Fal
 def _running(commands: Any) -> None:
     up = _command(commands, "up", "commands.up:up", "run the servers and actors, and bring back what dies")
     up.add_argument(
-        "actors", nargs="*", metavar="ACTOR", help="run these only: collector, features, emitter, recorder, trainer"
+        "actors",
+        nargs="*",
+        metavar="ACTOR",
+        help="run these only: collector, features, emitter, recorder, trainer, scorer",
     )
     up.add_argument("--isolate", action="store_true", help="give every actor its own process")
 

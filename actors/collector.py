@@ -53,7 +53,7 @@ from bus.consume import Reader, StreamReplaced
 from bus.status import judge as judge_actor
 from bus.status import scrape, statuses
 from bus.store import Store, StoreUnavailable
-from bus.subjects import CANDLES, FORMING, SIGNALS
+from bus.subjects import CANDLES, FORMING, SCORECARD, SIGNALS
 from bus.supervise import ConfigurationError, Context, run_tasks
 from bus.telemetry import (
     TRACEPARENT,
@@ -77,7 +77,8 @@ GRACE: Final = 0.1  # seconds beyond publish_timeout that a whole request may wa
 LEARNT_AT_ONCE: Final = 64  # series that the log is asked for side by side
 LOOKED_UP: Final = 8  # bars of one payload for whose predecessor the archive is asked
 LOOK_UP_WAIT: Final = 0.5
-PEERS: Final = ("features", "emitter", "recorder", "trainer")
+SCORECARD_WAIT: Final = 2.0  # seconds that the scorer has to answer; it answers from memory
+PEERS: Final = ("features", "emitter", "recorder", "trainer", "scorer")
 
 Key = tuple[str, str]
 
@@ -127,6 +128,7 @@ class Collector:
             scrape=lambda: scrape(self.bus, PEERS, self.ctx.process),
             signals_after=self._signals_after,
             clock_of=self._clock_of,
+            scorecard=lambda request: self.bus.request(SCORECARD, request, timeout=SCORECARD_WAIT),
             given_up=self.backfills.given_up,
         )
         app = gateway.application(deps)

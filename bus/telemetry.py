@@ -109,6 +109,19 @@ model_changes_total: Final = CounterMetric(
 actor_restarts_total: Final = CounterMetric("mt5_actor_restarts_total", "Actors restarted.", unlabelled=False)
 owns_gauge: Final = GaugeMetric("mt5_owner", "1 while this process does the actor's work, 0 while it is a standby.")
 parked_total: Final = CounterMetric("mt5_parked_total", "Messages that an actor parked.", unlabelled=False)
+outcomes_total: Final = CounterMetric("mt5_outcomes_total", "Outcomes stored, by the model's state.", unlabelled=False)
+outcomes_void_total: Final = CounterMetric(
+    "mt5_outcomes_void_total", "Outcomes whose signal was superseded afterwards."
+)
+score_gauge: Final = GaugeMetric(
+    "mt5_model_score", "The scorecard's figures of the versions that serve, by model, symbol and timeframe."
+)
+evidence_gauge: Final = GaugeMetric("mt5_model_evidence", "E-values by model, trial and what they speak for, as log10.")
+decisions_total: Final = CounterMetric("mt5_model_decisions_total", "Decisions asked for, by action.", unlabelled=False)
+outliers_gauge: Final = GaugeMetric(
+    "mt5_model_outliers", "Share of a model's newest signals that are out of distribution."
+)
+drift_gauge: Final = GaugeMetric("mt5_drift", "How far inputs and outcomes are from the training's; 1 raises an alert.")
 audited_total: Final = CounterMetric(
     "mt5_audited_signals_total", "Signals that were rebuilt and compared, by result.", unlabelled=False
 )

@@ -117,6 +117,7 @@ def wanted(streams: Streams) -> list[StreamConfig]:
             + ["alerts.>", "backups.>", OUTCOMES.wildcard],
             # Outcomes come by the million, and must not push the models' lives out of the stream.
             max_msgs_per_subject=EVENTS_PER_SUBJECT,
+            allow_atomic=True,  # the scorer's outcomes, many at once after a replay
             max_age=streams.events_max_age,
             max_bytes=streams.derived_max_bytes,
         ),

@@ -44,6 +44,7 @@ ACTORS: Final = {
     "emitter": "actors.emitter:Emitter",
     "recorder": "actors.recorder:Recorder",
     "trainer": "actors.trainer:Trainer",
+    "scorer": "actors.scorer:Scorer",
 }
 HOT: Final = ("collector", "features", "emitter")  # one process on one event loop: no hop between them costs a switch
 

@@ -10,6 +10,7 @@ from actors.gateway.answers import Check
 from actors.gateway.auth import Guard
 from actors.gateway.broadcast import Broadcaster
 from bus import telemetry
+from bus.client import BusUnavailable
 from bus.store import Store
 from schema.messages import Signal
 from schema.settings import Settings
@@ -20,6 +21,10 @@ async def own_metrics() -> bytes:
     return telemetry.render()
 
 
+async def no_scorer(_: bytes) -> bytes:
+    raise BusUnavailable("There is no scorer.")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayDeps:
     """``store`` is None where no archive is configured.
@@ -28,6 +33,7 @@ class GatewayDeps:
     of the actors behind it (the archive's check is added by /health). ``signals_after``: at most that many of the
     SIGNALS stream's messages after a sequence, in order, empty at the stream's end; raises BusUnavailable.
     ``scrape``: the metrics of every process as Prometheus text. ``clock_of``: a source's clock. ``given_up``: spans of a series (symbol, timeframe) that were asked for in vain.
+    ``scorecard``: the scorer's answer to a request of its; raises BusUnavailable where it gives none in time.
     """
 
     settings: Settings
@@ -39,4 +45,5 @@ class GatewayDeps:
     signals_after: Callable[[int, int], Awaitable[Sequence[tuple[int, Signal]]]]
     scrape: Callable[[], Awaitable[bytes]] = own_metrics
     clock_of: ClockOf = no_clock
+    scorecard: Callable[[bytes], Awaitable[bytes]] = no_scorer
     given_up: Callable[[str, str], Sequence[Span]] = lambda symbol, timeframe: ()

@@ -11,12 +11,14 @@ from actors.gateway.gaps import GapReport
 from actors.gateway.query import MAX_LIMIT
 from actors.gateway.reads import DEFAULT_SIGNALS, DEFAULT_VERSIONS
 from schema.messages import IngestAnswer, IngestCandle, Problem, SignalList
+from schema.scorecard import Scorecard
 from schema.settings import Gateway
 from schema.timeframes import TIMEFRAMES
 
 REF: Final = "#/components/schemas/{name}"
 STRUCTS: Final = (
-    CandleList, FeatureList, GapReport, HealthReport, IngestAnswer, IngestCandle, ModelDetail, ModelList, Probe, Problem, SignalList,
+    CandleList, FeatureList, GapReport, HealthReport, IngestAnswer, IngestCandle, ModelDetail, ModelList, Probe, Problem, Scorecard,
+    SignalList,
 )  # fmt: skip
 
 Schema = dict[str, Any]
@@ -173,6 +175,7 @@ def _paths(limits: Gateway) -> Schema:
         "/features": {"get": _rows("features", "candles", "Archived feature rows", "FeatureList")},
         "/models": {"get": _read("models", "models", "Every model's versions", [], "ModelList", archive=True)},
         "/models/{name}": {"get": _model()},
+        "/scorecard": {"get": _scorecard()},
         "/health": {"get": _health()},
         "/live": {"get": _probe("live", "Whether the process answers", ready=False)},
         "/ready": {"get": _probe("ready", "Whether candles are taken", ready=True)},
@@ -268,6 +271,24 @@ def _model() -> Schema:
         "model", "models", "One model's versions and manifests", [name, limit], "ModelDetail", archive=True
     )
     operation["responses"].update(_problems({"404": "No such model."}))
+    return operation
+
+
+def _scorecard() -> Schema:
+    operation = _read(
+        "scorecard", "models", "What the signals have been worth, beside the base rate",
+        [
+            _parameter("model", {"type": "string", "examples": ["rf_m1"]}, "A model, or one version of it."),
+            _parameter("symbol", {"type": "string"}, _SYMBOL),
+            _parameter("timeframe", _ref("Timeframe"), ""),
+        ],
+        "Scorecard",
+    )  # fmt: skip
+    operation["description"] = (
+        "Over the newest outcomes of each version, symbol and timeframe, five bars after each signal; serving versions first. "
+        "Intervals are 95 %, from redrawing blocks of 60 bars."
+    )
+    operation["responses"]["503"] = _retry("The scorer did not answer within two seconds.")
     return operation
 
 

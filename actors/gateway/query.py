@@ -29,8 +29,11 @@ class Query:
         self._values = request.query
 
     def symbol(self) -> str | None:
-        value = self._values.get("symbol")
-        return None if value is None else checked_name("symbol", value)
+        return self.name("symbol")
+
+    def name(self, what: str) -> str | None:
+        value = self._values.get(what)
+        return None if value is None else checked_name(what, value)
 
     def timeframe(self) -> str | None:
         """MT5's name of the timeframe, whatever spelling was given."""

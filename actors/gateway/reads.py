@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from datetime import datetime
 from typing import Any, Final, TypedDict, TypeVar
 
+import msgspec
 import structlog
 from aiohttp import web
 
@@ -26,8 +27,10 @@ from actors.gateway.deps import GatewayDeps
 from actors.gateway.problems import NO_STORE, HttpProblem, answer, unavailable
 from actors.gateway.query import MAX_LIMIT, Query, checked_name, required
 from bus import telemetry
+from bus.client import BusUnavailable
 from bus.store import Store, StoreRejected, StoreUnavailable
 from schema.messages import Signal, SignalList
+from schema.scorecard import Scorecard, ScorecardRequest
 
 log = structlog.get_logger(__name__)
 R = TypeVar("R")
@@ -55,6 +58,7 @@ class Reads:
             web.get("/features", self.features),
             web.get("/models", self.models),
             web.get("/models/{name}", self.model),
+            web.get("/scorecard", self.scorecard),
             web.get("/health", self.health),
             web.get("/live", self.live),
             web.get("/ready", self.ready),
@@ -105,6 +109,18 @@ class Reads:
             raise HttpProblem(404, f'There is no model "{name}": GET /models lists them.')
         serving = next((record.version for record in records if record.state in SERVING), None)
         return answer(ModelDetail(model_name=name, serving=serving, versions=records[:limit]))
+
+    async def scorecard(self, request: web.Request) -> web.StreamResponse:
+        """The scorer's own words: what came true of the signals, version by version."""
+        query = Query(request, "model", "symbol", "timeframe")
+        wanted = ScorecardRequest(model=query.name("model"), symbol=query.symbol(), timeframe=query.timeframe())
+        try:
+            body = await self._deps.scorecard(msgspec.json.encode(wanted))
+            card = msgspec.json.decode(body, type=Scorecard)
+        except (BusUnavailable, msgspec.DecodeError) as error:
+            log.warning("no scorecard", action="read.scorecard", error=str(error))
+            raise unavailable("The scorer does not answer: see `mt5 doctor`, and ask again in a moment.", 2) from None
+        return answer(card)
 
     async def health(self, request: web.Request) -> web.StreamResponse:
         """200 while candles are taken; the archive alone never makes it 503, since nothing here waits for it."""

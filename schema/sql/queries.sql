@@ -488,6 +488,133 @@ FROM candle_revisions
 WHERE symbol = $1 AND timeframe = $2 AND source IS NOT DISTINCT FROM $3::text AND ts >= $4 AND ts < $5
 ORDER BY ts;
 
+-- --- scorer -----------------------------------------------------------------------------------------------------
+
+-- Up to where the archive holds the two streams.
+-- name: recorder_cursors
+SELECT reader, stream_seq, stream_created FROM cursors
+WHERE reader IN ('recorder.features', 'recorder.signals') AND partition = 0;
+
+-- A bar's trade ends five bars later: what changes a bar may change the outcomes of the five before it.
+-- name: spans_widened
+-- symbol[], timeframe[], first[], last[]; each from five bars earlier on
+SELECT x.symbol, x.timeframe, coalesce((
+    SELECT min(b.ts) FROM (
+        SELECT m.ts FROM market_data AS m
+        WHERE m.symbol = x.symbol AND m.timeframe = x.timeframe AND m.ts < x.first ORDER BY m.ts DESC LIMIT 5
+    ) AS b
+), x.first) AS first, x.last
+FROM unnest($1::text[], $2::text[], $3::timestamptz[], $4::timestamptz[]) AS x (symbol, timeframe, first, last);
+
+-- The signals that stand and say a probability, of any bar of the spans.
+-- name: said_in_spans
+-- symbol[], timeframe[], first[], last[]
+SELECT s.id, s.ts, s.symbol, s.timeframe, s.model_name, s.model_version, s.prob_up, s.label, s.abstain, s.candles_seq
+FROM unnest($1::text[], $2::text[], $3::timestamptz[], $4::timestamptz[]) AS x (symbol, timeframe, first, last)
+JOIN model_signals AS s
+    ON s.timeframe = x.timeframe AND s.symbol = x.symbol AND s.ts >= x.first AND s.ts <= x.last
+WHERE s.superseded_at IS NULL AND s.prob_up IS NOT NULL AND s.model_version IS NOT NULL;
+
+-- name: outcomes_in_spans
+-- symbol[], timeframe[], first[], last[]
+SELECT o.id, o.ts, o.symbol, o.timeframe, o.model_name, o.model_version, o.state, o.prob_up, o.base_rate, o.label,
+    o.abstain, o.ret, o.up, o.won, o.gross, o.net, o.candles_seq, o.fwd_seq, o.void
+FROM unnest($1::text[], $2::text[], $3::timestamptz[], $4::timestamptz[]) AS x (symbol, timeframe, first, last)
+JOIN signal_outcomes AS o
+    ON o.timeframe = x.timeframe AND o.symbol = x.symbol AND o.ts >= x.first AND o.ts <= x.last;
+
+-- Bars whose label is known and that five bars follow, with their features and with what a trade meets: the open of the
+-- next bar, the close of the fifth, and either's spread.
+-- name: bars_in_spans
+-- symbol[], timeframe[], first[], last[]
+SELECT f.symbol, f.timeframe, f.ts, m.open, m.high, m.low, f.close, f.volume, f.spread, m.real_volume, f.rsi, f.macd,
+    f.macd_signal, f.macd_hist, f.atr, f.ma60, f.ret_1, f.fwd_ret_5, f.bar, f.ready, f.candle_revision AS revision,
+    m.live, f.ts_source, f.candles_seq, f.fwd_seq, n.entry_open, n.entry_close, n.entry_spread, n.exit_close,
+    n.exit_spread, n.trade_seq
+FROM unnest($1::text[], $2::text[], $3::timestamptz[], $4::timestamptz[]) AS x (symbol, timeframe, first, last)
+JOIN features AS f ON f.symbol = x.symbol AND f.timeframe = x.timeframe AND f.ts >= x.first AND f.ts <= x.last
+JOIN market_data AS m ON m.symbol = f.symbol AND m.timeframe = f.timeframe AND m.ts = f.ts
+CROSS JOIN LATERAL (
+    SELECT count(*) AS bars, (array_agg(b.open ORDER BY b.ts))[1] AS entry_open,
+        (array_agg(b.close ORDER BY b.ts))[1] AS entry_close, (array_agg(b.spread ORDER BY b.ts))[1] AS entry_spread,
+        (array_agg(b.close ORDER BY b.ts))[5] AS exit_close, (array_agg(b.spread ORDER BY b.ts))[5] AS exit_spread,
+        max(b.candles_seq) AS trade_seq
+    FROM (
+        SELECT ts, open, close, spread, candles_seq FROM market_data
+        WHERE symbol = f.symbol AND timeframe = f.timeframe AND ts > f.ts ORDER BY ts LIMIT 5
+    ) AS b
+) AS n
+WHERE f.fwd_ret_5 IS NOT NULL AND n.bars = 5;
+
+-- name: model_facts
+-- model_name, version
+SELECT (manifest->>'base_rate')::float8 AS base_rate, (manifest->>'first_ts')::timestamptz AS first_ts,
+    (manifest->>'last_ts')::timestamptz AS last_ts, manifest->>'feature_set' AS feature_set,
+    (manifest->'report'->'outliers'->>'validation_rate')::float8 AS outlier_rate
+FROM models WHERE model_name = $1 AND version = $2;
+
+-- name: load_trials
+SELECT model_name, docket::text AS docket FROM model_trials;
+
+-- name: save_trials
+-- model_name, docket (JSON text)
+INSERT INTO model_trials AS t (model_name, docket) VALUES ($1, $2::text::jsonb)
+ON CONFLICT (model_name) DO UPDATE SET docket = excluded.docket, updated_at = now();
+
+-- An outcome keeps its place (seq) when a correction changes it; it stands again where it was void.
+-- name: upsert_outcomes
+-- id[], ts[], symbol[], timeframe[], model_name[], model_version[], state[], prob_up[], base_rate[], label[], abstain[],
+-- ret[], up[], won[], gross[], net[], candles_seq[], fwd_seq[]
+INSERT INTO signal_outcomes AS o
+    (id, ts, symbol, timeframe, model_name, model_version, state, prob_up, base_rate, label, abstain, ret, up, won,
+     gross, net, candles_seq, fwd_seq)
+SELECT * FROM unnest(
+    $1::text[], $2::timestamptz[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::float8[],
+    $9::float8[], $10::int2[], $11::text[], $12::float8[], $13::bool[], $14::bool[], $15::float8[], $16::float8[],
+    $17::int8[], $18::int8[]
+)
+ON CONFLICT (id, ts) DO UPDATE SET
+    state = excluded.state, prob_up = excluded.prob_up, base_rate = excluded.base_rate, label = excluded.label,
+    abstain = excluded.abstain, ret = excluded.ret, up = excluded.up, won = excluded.won, gross = excluded.gross,
+    net = excluded.net, candles_seq = excluded.candles_seq, fwd_seq = excluded.fwd_seq, scored_at = now(), void = false
+WHERE o.candles_seq <= excluded.candles_seq;
+
+-- name: void_outcomes
+-- id[], ts[]
+UPDATE signal_outcomes AS o SET void = true, scored_at = now()
+FROM unnest($1::text[], $2::timestamptz[]) AS x (id, ts)
+WHERE o.id = x.id AND o.ts = x.ts AND NOT o.void;
+
+-- name: outcomes_of_version
+-- model_name, model_version, limit; the newest, newest first
+SELECT id, ts, symbol, timeframe, model_name, model_version, state, prob_up, base_rate, label, abstain, ret, up, won, gross,
+    net, candles_seq
+FROM signal_outcomes
+WHERE model_name = $1 AND model_version = $2 AND NOT void
+ORDER BY seq DESC LIMIT $3;
+
+-- The newest outcomes of one card.
+-- name: outcomes_of_card
+-- model_name, model_version, symbol, timeframe, limit
+SELECT extract(epoch FROM ts)::float8, prob_up, base_rate, up::int::float8, label::float8, won::int::float8, gross, net
+FROM signal_outcomes
+WHERE timeframe = $4 AND symbol = $3 AND model_name = $1 AND model_version = $2 AND NOT void
+ORDER BY ts DESC LIMIT $5;
+
+-- name: card_series
+-- model_name, model_version; the series of its newest outcomes
+SELECT DISTINCT symbol, timeframe FROM (
+    SELECT symbol, timeframe FROM signal_outcomes
+    WHERE model_name = $1 AND model_version = $2 AND NOT void ORDER BY seq DESC LIMIT 20000
+) AS newest;
+
+-- name: drift_rows
+-- timeframe, symbol, from, to, limit; the newest ready rows of a span that a training could use, newest first
+SELECT extract(epoch FROM ts)::float8, close, rsi, macd, macd_signal, macd_hist, atr, ma60, ret_1
+FROM features
+WHERE symbol = $2 AND timeframe = $1 AND ts >= $3 AND ts <= $4 AND ready AND ts_source <> 'assumed'
+ORDER BY ts DESC LIMIT $5;
+
 -- --- receipts ---------------------------------------------------------------------------------------------------
 
 -- Several statements that see one state of the archive.

@@ -240,6 +240,13 @@ CREATE TABLE model_decisions (
     UNIQUE (model_name, version, action, at)
 );
 
+-- How far each model's trials are: all that the evidence has seen, written with the outcomes that it was of.
+CREATE TABLE model_trials (
+    model_name text PRIMARY KEY,
+    docket jsonb NOT NULL,
+    updated_at timestamptz NOT NULL DEFAULT now()
+);
+
 -- Signals that were rebuilt and compared; difference is null where they were identical.
 CREATE TABLE signal_audits (
     at timestamptz NOT NULL,

@@ -75,7 +75,7 @@ def test_everything_is_killed_twice_in_the_middle_of_a_replay(make: Make, data: 
     assert system.contents(symbol) == before
 
 
-@pytest.mark.parametrize("victim", ["hot", "recorder", "trainer", "nats-server", "postgres"])
+@pytest.mark.parametrize("victim", ["hot", "recorder", "trainer", "scorer", "nats-server", "postgres"])
 def test_one_part_is_killed_twice_while_bars_come_one_by_one(
     system: System, data: Path, tmp_path: Path, victim: str
 ) -> None:

@@ -56,7 +56,7 @@ def test_one_scrape_has_the_metrics_of_every_process(system: System) -> None:
     candle = {"time": OPENED, "open": 1.0, "high": 1.0, "low": 1.0, "close": 1.0, "volume": 1}
     system.post({"symbol": 'A"B\\', "timeframe": "M1", "replay": True, "gmt_time": OPENED + 60, "candles": [candle]})
     system.settle()
-    all_are(system, {"hot": 1, "recorder": 1, "trainer": 1})
+    all_are(system, {"hot": 1, "recorder": 1, "trainer": 1, "scorer": 1})
     families = scrape(system)
     assert families["mt5_candles_total"].of(process="hot", outcome="accepted") == [2]
     assert families["mt5_candles_total"].of(process="recorder") == []
@@ -71,7 +71,7 @@ def test_a_process_that_says_nothing_is_missing_and_holds_nobody_up(system: Syst
         began = time.monotonic()
         assert up(system)["trainer"] == 0
         assert time.monotonic() - began < 2
-        all_are(system, {"hot": 1, "recorder": 1, "trainer": 0})
+        all_are(system, {"hot": 1, "recorder": 1, "trainer": 0, "scorer": 1})
         health = system.get("/health")
         assert health["status"] == "degraded"
         assert health["checks"]["trainer"]["status"] == "degraded"
@@ -92,7 +92,9 @@ def test_with_given_servers_the_doctor_asks_the_actors_too(system: System, make:
     with other.running("up", "features") as second:
         wait_until(lambda: "a standby waits" in findings(other)["features"]["seen"], 60, "a standby")
         found = findings(other)
-        assert {found[name]["state"] for name in ("collector", "features", "emitter", "recorder", "trainer")} == {"ok"}
+        assert {
+            found[name]["state"] for name in ("collector", "features", "emitter", "recorder", "trainer", "scorer")
+        } == {"ok"}
         assert found["gateway"]["state"] == "note", "there is none on the port that these settings name"
         # The standby's own process is a part of the scrape as well, under a name of its own.
         wait_until(lambda: up(system).get("features-standby") == 1, 10, "the standby's metrics")
@@ -106,7 +108,7 @@ def test_with_given_servers_the_doctor_asks_the_actors_too(system: System, make:
 def test_isolated_actors_are_processes_of_their_own(make: Make) -> None:
     system = make()
     system.start("up", "--isolate")
-    all_are(system, dict.fromkeys(("collector", "features", "emitter", "recorder", "trainer"), 1))
+    all_are(system, dict.fromkeys(("collector", "features", "emitter", "recorder", "trainer", "scorer"), 1))
     wait_until(lambda: system.get("/health")["status"] == "ok", 20, "health is ok")
     wait_until(lambda: scrape(system)["mt5_owner"].of(process="features", actor="features") == [1], 10, "its owner")
     # Only the actor dies: its process is started again, and until then it is missing.

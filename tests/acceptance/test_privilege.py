@@ -14,7 +14,8 @@ from tests.system import System
 
 pytestmark = pytest.mark.timeout(120)
 
-ACTORS = ("collector", "features", "emitter", "recorder", "trainer")
+ACTORS = ("collector", "features", "emitter", "recorder", "trainer", "scorer")
+OWNED = ("features", "emitter", "recorder", "scorer")
 
 # What each may publish; nobody else may.
 OWNERS = {
@@ -28,14 +29,18 @@ OWNERS = {
     "$O.models.M.x": {"trainer"},
     "$O.models.C.x": {"trainer"},
     **{f"rejects.{actor}": {actor} for actor in ACTORS if actor != "collector"},
+    "outcomes.M1.EURUSD": {"scorer"},
     "trainer.train": set(),
+    "models.decide": {"scorer"},
+    "models.retire": set(),
+    "scorer.scorecard": {"collector"},
     "emitter.again": set(),
     "$KV.owners.features.0": set(),
-    **{f"$JS.API.CONSUMER.MSG.NEXT.KV_owners.{a}-0": {a} for a in ("features", "emitter", "recorder")},
-    **{f"$JS.API.CONSUMER.UNPIN.KV_owners.{a}-0": {a} for a in ("features", "emitter", "recorder")},
-    **{f"$JS.ACK.KV_owners.{a}-0.x": {a} for a in ("features", "emitter", "recorder")},
+    **{f"$JS.API.CONSUMER.MSG.NEXT.KV_owners.{a}-0": {a} for a in OWNED},
+    **{f"$JS.API.CONSUMER.UNPIN.KV_owners.{a}-0": {a} for a in OWNED},
+    **{f"$JS.ACK.KV_owners.{a}-0.x": {a} for a in OWNED},
     "$KV.clock.x": {"collector"},
-    "alerts.warning.clock": {"collector"},
+    "alerts.warning.clock": {"collector", "scorer"},
     "$JS.API.STREAM.CREATE.MINE": set(),
     "$JS.API.STREAM.UPDATE.CANDLES": set(),
     "$JS.API.STREAM.DELETE.CANDLES": set(),
@@ -46,10 +51,10 @@ OWNERS = {
     "$SYS.REQ.SERVER.PING": set(),
 }
 READERS = {
-    "CANDLES": {"collector", "features"},
-    "FEATURES": {"features", "emitter", "recorder"},
-    "SIGNALS": {"collector", "emitter", "recorder"},
-    "EVENTS": {"emitter", "trainer"},
+    "CANDLES": {"collector", "features", "scorer"},
+    "FEATURES": {"features", "emitter", "recorder", "scorer"},
+    "SIGNALS": {"collector", "emitter", "recorder", "scorer"},
+    "EVENTS": {"emitter", "trainer", "scorer"},
 }
 LOOKERS = {"CANDLES": {"recorder"}}  # may ask how far it reaches, and read nothing of it
 
@@ -124,9 +129,10 @@ async def test_an_actor_hears_its_own_inbox_and_requests_only(system: System, ac
     forbidden = [">", "candles.>", "features.>", "signals.>", "models.>", "rejects.>", "$JS.>", "$KV.>", "_INBOX.>"]
     forbidden += [f"_INBOX_{name}.>" for name in others]
     allowed = [f"_INBOX_{actor}.x", f"$SRV.PING.{actor}"]
-    requests = ["trainer.train", "models.promote", "models.rollback"]
+    requests = ["trainer.train", "models.promote", "models.rollback", "models.retire", "models.decide"]
     (allowed if actor == "trainer" else forbidden).extend(requests)
     (allowed if actor == "emitter" else forbidden).append("emitter.again")
+    (allowed if actor == "scorer" else forbidden).append("scorer.scorecard")
     async with connected(system, actor) as wire:
         for subject in [*forbidden, *allowed]:
             refused = await wire.subscribe(subject)

@@ -40,7 +40,7 @@ def test_a_quick_run_prints_every_line() -> None:
         compared = figure["ratio"] is not None or not figure["promise"] or figure["promise"]["of"] == "ours"
         assert (measured and compared) or figure["why_not"], figure
     whats = [figure["what"] for figure in figures if figure["name"] == "memory"]
-    for process in ("runner", "nats-server", "postgres", "hot", "recorder", "trainer"):
+    for process in ("runner", "nats-server", "postgres", "hot", "recorder", "trainer", "scorer"):
         assert any(process in what for what in whats), whats
     if PEERS.is_dir():
         assert all(figure["ratio"] for figure in figures if figure["name"] == "chain")

@@ -181,7 +181,7 @@ def test_the_page_is_told_once_everything_is_ready(system: Running) -> None:
 def test_no_password_stands_on_a_command_line(system: Running) -> None:
     secrets = {system.ready[name].split("@")[0].rpartition(":")[2] for name in ("nats", "database")}
     children = psutil.Process(system.process.pid).children(recursive=True)
-    assert len(children) >= 5  # nats-server, postgres, hot, recorder, trainer
+    assert len(children) >= 6  # nats-server, postgres, hot, recorder, trainer, scorer
     for child in children:
         assert not any(secret in word for secret in secrets for word in child.cmdline())
 

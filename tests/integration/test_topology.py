@@ -44,7 +44,12 @@ async def test_an_empty_server_lacks_everything_and_apply_is_idempotent(empty: B
     missing = await topology.diff(empty, Streams())
     assert {d.stream for d in missing} == NAMES
     assert {(d.field, d.found) for d in missing} == {("missing", "nothing")}
-    assert {d.consumer for d in missing if d.wanted == "consumer"} == {"features-0", "emitter-0", "recorder-0"}
+    assert {d.consumer for d in missing if d.wanted == "consumer"} == {
+        "features-0",
+        "emitter-0",
+        "recorder-0",
+        "scorer-0",
+    }
     assert await topology.apply(empty, Streams()) == missing
     assert await topology.diff(empty, Streams()) == []
     created = {name: (await empty.js.stream_info(name)).created for name in NAMES}

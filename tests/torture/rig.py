@@ -29,7 +29,7 @@ from tests.torture.check import Report, check
 from tests.torture.feed import Feed
 
 PROGRESS_SECONDS = 90.0  # for candles to be acknowledged again after anything
-ISOLATED: Final = ("collector", "features", "emitter", "recorder", "trainer")
+ISOLATED: Final = ("collector", "features", "emitter", "recorder", "trainer", "scorer")
 SERVERS: Final = ("nats-server", "postgres")
 # Snapshots often, so that kills fall between them and what follows; small streams, so that the store fits a small disk.
 SETTINGS: Final = {

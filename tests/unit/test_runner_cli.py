@@ -177,7 +177,7 @@ def test_servers_that_do_not_answer_are_one_sentence(tmp_path: Path) -> None:
 
 def test_unknown_actors_and_timeframes_list_or_name_the_known_ones(tmp_path: Path) -> None:
     line = sentence(mt5("up", "collecter", cwd=tmp_path), 2)
-    assert "collector, features, emitter, recorder, trainer" in line
+    assert "collector, features, emitter, recorder, trainer, scorer" in line
     assert "M1 to MN1" in sentence(mt5("train", "--timeframe", "M7", cwd=tmp_path), 2)
 
 
@@ -246,7 +246,12 @@ def test_the_call_that_a_verdict_names_is_one_that_works(state: Literal["shadow"
 @pytest.mark.parametrize(
     ("names", "isolate", "expected"),
     [
-        ([], False, {"hot": ("collector", "features", "emitter"), "recorder": ("recorder",), "trainer": ("trainer",)}),
+        (
+            [],
+            False,
+            {"hot": ("collector", "features", "emitter")}
+            | {name: (name,) for name in ("recorder", "trainer", "scorer")},
+        ),
         ([], True, {name: (name,) for name in ACTORS}),
         (["emitter", "collector", "emitter"], False, {"hot": ("collector", "emitter")}),
         (["trainer", "features"], False, {"features": ("features",), "trainer": ("trainer",)}),

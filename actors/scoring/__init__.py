@@ -1,0 +1,1 @@
+"""Parts of the scorer: what the archive says of some bars, the trials of versions, the scorecard, and drift."""
