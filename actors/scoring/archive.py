@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 
 from actors.core.hashing import features_hash, signal_id
 from actors.core.outcomes import Changes, Cost, Followed, Known, Said, Span, compare, score, unseen
-from actors.core.serving import ServedModel, decide, expires_at, makes_signal
+from actors.core.serving import NO_ANSWER, ServedModel, decide, expires_at, makes_signal
 from actors.core.timeframe import end_time
 from bus.store import Row, Store
 from schema.messages import FeatureRow, ModelState, Outcome
@@ -132,13 +132,13 @@ class OutcomeArchive:
             if model.manifest.timeframe != timeframe or not unseen(ts, model.manifest.last_ts, timeframe):
                 continue
             key = signal_id(symbol, timeframe, ts, version, digest)
-            prob = None if key in out else model.prob_up(symbol, row)
-            if prob is None:
+            answer = NO_ANSWER if key in out else model.answer(symbol, row)
+            if answer.prob_up is None:
                 continue
             end = end_time(ts, timeframe)
             # As if it served, and heard of each bar in time: a shadow hears of it only when all is over.
             decision = decide(
-                row, symbol, prob, model.manifest, "shadow", judged_at=end, expires_at=expires_at(ts, end)
+                row, symbol, answer, model.manifest, "shadow", judged_at=end, expires_at=expires_at(ts, end)
             )
             out[key] = Said(
                 id=key,
@@ -148,7 +148,7 @@ class OutcomeArchive:
                 model_name=name,
                 model_version=version,
                 state="shadow",
-                prob_up=prob,
+                prob_up=answer.prob_up,
                 base_rate=(await self.facts(name, version)).base_rate,
                 label=decision.label,
                 abstain=decision.abstain,
