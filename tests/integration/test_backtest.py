@@ -33,7 +33,7 @@ from schema.messages import Candle, ModelState, Signal
 from schema.settings import Features as FeatureSettings
 from schema.settings import Gateway, Settings
 from tests.builders import read_until, running, walk
-from tests.models import files, manifest_of, release
+from tests.models import changed, files, manifest_of, release, trust
 from tests.servers import OPERATOR, nats_server
 from tests.system import cut
 
@@ -45,10 +45,9 @@ QUIET = 3.0  # seconds: longer than a replay of a few bars may take on a busy ma
 
 
 def model(folder: Path) -> dict[str, bytes]:
-    """A version that trades, also as files in ``folder``."""
-    artifacts = files()
-    manifest = msgspec.structs.replace(manifest_of(artifacts), threshold=THRESHOLD)
-    artifacts = artifacts | {MANIFEST_FILE: msgspec.json.encode(manifest)}
+    """A version that trades, also as files in ``folder``; the home beside it has the key that it is signed with."""
+    artifacts = changed(files(), threshold=THRESHOLD)
+    trust(folder.parent)
     folder.mkdir()
     for name, data in artifacts.items():
         (folder / name).write_bytes(data)
@@ -82,12 +81,19 @@ class Live:
         return found
 
 
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The home of the system and of the commands."""
+    monkeypatch.setenv("MT5_HOME", str(tmp_path))
+    return tmp_path
+
+
 @asynccontextmanager
 async def system(
-    folder: Path, database_url: str, artifacts: dict[str, bytes], state: ModelState
+    folder: Path, home: Path, database_url: str, artifacts: dict[str, bytes], state: ModelState
 ) -> AsyncIterator[Live]:
     port = free_port()
-    settings = Settings(gateway=Gateway(port=port), features=FeatureSettings(quiet_seconds=QUIET))
+    settings = Settings(home=str(home), gateway=Gateway(port=port), features=FeatureSettings(quiet_seconds=QUIET))
     with nats_server(Path(tempfile.mkdtemp(prefix="backtest-", dir=folder))) as server:
         url = server.url(OPERATOR)
         bus = await Bus.connect(url, name="operator")
@@ -123,7 +129,7 @@ async def test_a_real_file_gives_the_signals_of_its_replay(
     file = cut(data / name, tmp_path / "EURUSD_M1.csv", 0, 3_000)
     end = write(tmp_path / f"{SENTINEL}_M1.csv", walk(1))
     artifacts = model(tmp_path / "model")
-    async with system(server_folder, pg_url, artifacts, state) as live:
+    async with system(server_folder, tmp_path, pg_url, artifacts, state) as live:
         await live.replay(file, "EURUSD")
         await live.replay(end, SENTINEL)
         expected = await live.signals(SENTINEL)
@@ -165,7 +171,7 @@ async def test_late_corrected_and_older_bars_give_the_signals_of_their_replay(
     series = [write(tmp_path / f"EURUSD_M1_{number}.csv", part) for number, part in enumerate(parts)]
     end = write(tmp_path / f"{SENTINEL}_M1.csv", walk(1))
     artifacts = model(tmp_path / "model")
-    async with system(server_folder, pg_url, artifacts, "champion") as live:
+    async with system(server_folder, tmp_path, pg_url, artifacts, "champion") as live:
         for file in series:
             await live.replay(file, "EURUSD")
         oldest: datetime = older[0].ts
@@ -192,7 +198,7 @@ async def test_it_takes_the_version_and_its_state_from_the_system(
     artifacts = model(tmp_path / "model")
     manifest = manifest_of(artifacts)
     monkeypatch.chdir(tmp_path)
-    async with system(server_folder, pg_url, artifacts, "champion") as live:
+    async with system(server_folder, tmp_path, pg_url, artifacts, "champion") as live:
         monkeypatch.setenv("MT5_NATS_URL", live.nats_url)
         monkeypatch.setenv("MT5_DATABASE_URL", live.database_url)
         assert await mt5("backtest", file, "--json") == NO
@@ -254,3 +260,26 @@ async def test_without_a_model_folder_and_without_a_system(
     assert "gone/manifest.json cannot be read (No such file or directory)" in capsys.readouterr().err
     assert await mt5("backtest", "EURUSD_M1.csv", "--model", "v") == NO
     assert "Nothing is running under" in capsys.readouterr().err
+
+
+async def test_a_folder_is_verified_before_it_speaks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "EURUSD_M1.csv", walk(3))
+    model(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    words = ("backtest", "EURUSD_M1.csv", "--model-dir", "model")
+    assert await mt5(*words) == DONE
+    capsys.readouterr()
+    manifest = tmp_path / "model" / MANIFEST_FILE
+    signed = manifest.read_bytes()
+    manifest.write_bytes(signed.replace(b"0.505", b"0.506"))
+    assert await mt5(*words) == NO
+    assert "manifest.sig of rf_m1" in capsys.readouterr().err
+    manifest.write_bytes(signed)
+    (tmp_path / "model" / "model.onnx").write_bytes(b"another graph")
+    assert await mt5(*words) == NO
+    assert "model.onnx of rf_m1" in capsys.readouterr().err
+    (tmp_path / "keys" / "models.pub").unlink()
+    assert await mt5(*words) == WRONG
+    assert "The public key of models" in capsys.readouterr().err
