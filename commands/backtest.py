@@ -214,8 +214,7 @@ def _lines(out: str) -> IO[bytes]:
 
 def _known_of(manifest: Manifest) -> Model:
     """What the manifest says of its training; older ones have not kept the share of rises."""
-    rate = getattr(manifest, "base_rate", None) or manifest.report.get("train_rate")
-    return Model(rate if isinstance(rate, float) else None, manifest.last_ts)
+    return Model(manifest.base_rate if "train_rate" in manifest.report else None, manifest.last_ts)
 
 
 def _bodies(source: Source, gateway: Gateway) -> Iterator[bytes]:

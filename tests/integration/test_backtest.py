@@ -6,7 +6,7 @@ import asyncio
 import json
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import structlog
 
 import runner
 from actors.collector import Collector
@@ -82,10 +83,12 @@ class Live:
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The home of the system and of the commands."""
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The home of the system and of the commands. A command that asks NATS bends the logs to its own stderr: bent back."""
     monkeypatch.setenv("MT5_HOME", str(tmp_path))
-    return tmp_path
+    before = structlog.get_config()
+    yield tmp_path
+    structlog.configure(**before)
 
 
 @asynccontextmanager
