@@ -53,8 +53,10 @@ class Reach:
 
 
 async def reach(bus: Bus, store: Store | None) -> Reach:
-    """Asks everything that remembers a CANDLES sequence: snapshots, derived streams, the archive."""
-    state = (await bus.js.stream_info(str(CANDLES.stream))).state
+    """Asks everything that remembers a CANDLES sequence: snapshots, derived streams, the archive.
+
+    CANDLES itself is asked last: while it grows, what was read from it is never ahead of what it is found to hold.
+    """
     known = 0
     try:
         entry = await (await bus.js.key_value(FEATURE_STATE)).get(CURSOR_KEY)
@@ -64,6 +66,7 @@ async def reach(bus: Bus, store: Store | None) -> Reach:
     features, signals = await last_message(bus, FEATURES), await last_message(bus, SIGNALS)
     known = max(known, features[1].candles_seq if features else 0, signals[1].candles_seq if signals else 0)
     archived = int(await store.fetchval("highest_candles_seq")) if store is not None else 0
+    state = (await bus.js.stream_info(str(CANDLES.stream))).state
     return Reach(state.first_seq, state.last_seq, max(known, archived), archived)
 
 

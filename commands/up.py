@@ -281,6 +281,8 @@ async def _keep_forward(loaded: Loaded, servers: _Servers, log: Any) -> None:
     """A CANDLES stream that lost what was read from it is refused before anything adds to it."""
     if urlsplit(servers.nats_url).username in ACTORS:
         return  # may not look at what others read; each actor checks what it knows itself
+    from nats.errors import Error as NatsError
+
     from bus.client import Bus, BusUnavailable
     from bus.forward import WentBackwards
     from bus.store import Store, StoreUnavailable
@@ -288,7 +290,7 @@ async def _keep_forward(loaded: Loaded, servers: _Servers, log: Any) -> None:
 
     store = await Store.connect(servers.database_url, size=1, name="mt5-up")
     try:
-        bus = await Bus.connect(servers.nats_url, name=CLIENT, settings=loaded.settings.nats)
+        bus = await Bus.connect(servers.nats_url, name=CLIENT, settings=loaded.settings.nats, patience=SERVER_PATIENCE)
         try:
             await keep_forward(bus, store, log)
         finally:
@@ -298,6 +300,12 @@ async def _keep_forward(loaded: Loaded, servers: _Servers, log: Any) -> None:
         log.warning("the archive's place in CANDLES is not checked", action="up.forward", error=str(error))
     except (WentBackwards, BusUnavailable) as error:
         raise CommandError(str(error), NO) from error
+    except (NatsError, TimeoutError) as error:
+        raise CommandError(
+            f"CANDLES could not be asked how far it reaches ({type(error).__name__}): nats-server is busy or stopping; "
+            "start again.",
+            NO,
+        ) from error
     finally:
         await store.close()
 

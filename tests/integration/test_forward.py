@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,11 @@ from typing import Any
 
 import pytest
 
-from tests.builders import walk
+from bus.client import Bus
+from bus.forward import reach
+from bus.subjects import FEATURES
+from schema.messages import FeatureBlock
+from tests.builders import put, walk
 from tests.system import System
 from tests.torture.feed import BAR
 
@@ -71,6 +76,27 @@ def test_an_older_store_is_refused_and_forward_is_the_way_out(tmp_path: Path) ->
         assert bars == list(range(1, 51))
     finally:
         system.end()
+
+
+async def test_a_stream_that_grows_while_it_is_asked_went_nowhere(bus: Bus) -> None:
+    """A second `up` beside a live feed: each candle is read, and its signal is there, while the questions are asked."""
+    rows, asked = walk(600), asyncio.Event()
+
+    async def live() -> None:
+        for row in rows:
+            seq = await put(bus, [row])
+            features = FeatureBlock(symbol="EURUSD", timeframe="M1", candles_seq=seq, rows=(), received_at=row.ts)
+            await bus.publish(FEATURES, features, "M1", "EURUSD", msg_id=f"f{seq}")
+            if asked.is_set():
+                return
+
+    feed = asyncio.create_task(live(), name="live")
+    found = [await reach(bus, None) for _ in range(60)]
+    assert not feed.done(), "the stream has to grow all the while"
+    asked.set()
+    await feed
+    assert len({one.last for one in found}) > 20
+    assert [one for one in found if one.backwards] == []
 
 
 def test_a_lost_nats_store_counts_on_behind_the_archive(tmp_path: Path) -> None:

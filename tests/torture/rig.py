@@ -226,7 +226,7 @@ class Rig:
                 self.freeze(name, seconds)
                 self.tally.done["duplicated actor"] += 1
             self.feed.await_progress(100, PROGRESS_SECONDS)
-            assert second.poll() is None, "the second `up` ended"
+            assert second.poll() is None, f"the second `up` ended: {second.communicate()}"
             second.send_signal(signal.SIGTERM)
             second.wait(30)
 
