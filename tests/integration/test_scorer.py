@@ -58,8 +58,8 @@ FIRST = 320  # bars that come as history
 
 
 def spoken(artifacts: Mapping[str, bytes], **changes: Any) -> dict[str, bytes]:
-    """A version with a threshold that trades most of the time."""
-    return changed(artifacts, threshold=0.5, max_spread={}, **changes)
+    """A version with a threshold that trades most of the time, and that takes every bar for one that it knows."""
+    return changed(artifacts, threshold=0.5, max_spread={}, **{"outliers": None, **changes})
 
 
 @pytest.fixture
@@ -523,3 +523,27 @@ async def test_a_champion_whose_files_are_damaged_is_to_be_rolled_back(
         await message.respond(msgspec.json.encode(Verdict(ok=True, verdict="champion", message="Rolled back.")))
     assert (request.action, request.version, request.evidence["kind"]) == ("rollback", version, "integrity")
     assert request.reason.startswith("Its files no longer verify. ")
+
+
+async def test_a_champion_that_no_longer_knows_its_market_is_to_be_rolled_back(
+    bus: Bus, nats_url: str, pg_url: str, archive: asyncpg.Connection
+) -> None:
+    known = manifest_of(files()).outliers
+    assert known is not None
+    strange = msgspec.structs.replace(known, limit=0.0)  # as if no bar were like those that it learnt from
+    rows = walk(FIRST + 1_020)
+    asked: asyncio.Queue[Msg] = asyncio.Queue()
+    await bus.nc.subscribe(DECIDE, cb=asked.put)
+    async with running(*CHAIN, Scorer, nats_url=nats_url, database_url=pg_url, settings=SETTINGS):
+        await put(bus, rows[:FIRST], history=True)
+        await read_until(bus, FEATURES, lambda blocks: bool(blocks))
+        version = await serve(bus, archive, spoken(files(), outliers=strange))
+        await put(bus, rows[FIRST : FIRST + 1_000], size=100)
+        await until(archive, "SELECT count(*) FROM signal_outcomes", 995)
+        assert asked.empty(), "a thousand outcomes are needed"
+        await put(bus, rows[FIRST + 1_000 :], size=20)
+        message = await asyncio.wait_for(asked.get(), 20.0)
+        await message.respond(msgspec.json.encode(Verdict(ok=True, verdict="champion", message="Rolled back.")))
+    request = msgspec.json.decode(message.data, type=DecisionRequest)
+    assert (request.action, request.version, request.evidence["kind"]) == ("rollback", version, "integrity")
+    assert request.reason.startswith("100% of its newest 1,000 signals are out of distribution")
