@@ -167,14 +167,16 @@ class Judge:
         """A champion must not go on speaking: it is rolled back at once."""
         if champion.model_name not in self._faults:
             self._log.error("champion fails", action="scorer.fault", version=champion.version, reason=reason)
-        self._faults[champion.model_name] = Decision(
+        decision = Decision(
             action="rollback",
             version=champion.version,
             against=champion.version,
             reason=reason,
             evidence={"kind": "integrity", **evidence},
         )
-        self.wake.set()
+        if decision != self._faults.get(champion.model_name):  # decide() itself looks for faults, and must come to rest
+            self._faults[champion.model_name] = decision
+            self.wake.set()
 
     def _watch_outliers(self) -> None:
         for champion in self._versions.serving():
