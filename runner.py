@@ -127,6 +127,11 @@ def _asking(commands: Any) -> None:
         commands, "train", "commands.train:train", "ask the trainer for a run and wait for its verdict", json=True
     )
     train.add_argument("--timeframe", required=True, metavar="TF", help="the timeframe to train, such as M1")
+    train.add_argument(
+        "--trees", type=int, metavar="N", help="this run's number of trees: another recipe than the settings'"
+    )
+    train.add_argument("--max-depth", type=int, metavar="N", help="this run's depth of the trees")
+    train.add_argument("--min-samples-leaf", type=int, metavar="N", help="this run's least number of rows in a leaf")
 
     models = _groups(
         commands, "models", "the registry of models: list, show, report, promote, roll back, retire, restore"

@@ -17,7 +17,7 @@ from typing import Final
 import aiohttp
 import msgspec
 
-from actors.core.market import MINUTE, Market, forming
+from actors.core.market import MINUTE, Instrument, Market, forming
 from actors.core.timeframe import bar_end
 from schema.messages import Candle, IngestAnswer, Problem
 
@@ -28,18 +28,20 @@ REQUEST_TIMEOUT: Final = 15.0
 FIRST_PAUSE: Final = 0.1
 LONGEST_PAUSE: Final = 5.0
 LONGEST_SILENCE: Final = 3_600  # market seconds that a paced replay waits out; nights and weekends are passed over
+SHORTEST_SHOWN: Final = 0.2  # seconds of a minute whose unfinished bars are shown
 FORMING_AT: Final = (1 / 3, 2 / 3)  # of a minute: when the simulated terminal shows its unfinished bar
 
 _UNKNOWN: Final = frozenset({408, 429, 502, 503, 504})  # stored or not, nobody knows: sending again is safe
 
 
 class Said(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a payload says beside its candles; ``gmt_time`` is epoch seconds."""
+    """What a payload says beside its candles; ``gmt_time`` is epoch seconds, ``point`` the size of the spread's unit."""
 
     history: bool = False
     replay: bool = False
     gmt_time: int | None = None
     source: str | None = None
+    point: float | None = None
 
 
 class TerminalError(Exception):
@@ -247,25 +249,31 @@ async def simulate(
     terminal: Terminal,
     markets: Sequence[Market],
     *,
-    speed: float,
+    speed: float | Callable[[], float],
     source: str,
     on_post: Callable[[str, datetime], None] = lambda symbol, ts: None,
 ) -> None:
     """Lives on from where the markets stand, ``speed`` market seconds a second, until it is cancelled.
 
-    Each minute shows its unfinished bars and then the closed ones. While every session is closed the clock jumps to the
-    next opening; where posting takes longer than a minute the market waits. ``on_post`` is told of each closed bar
-    just before it is sent.
+    Each minute shows its unfinished bars, unless it is over sooner than anybody could look at them, and then the closed
+    ones. While every session is closed the clock jumps to the next opening; where posting takes longer than a minute the
+    market waits. ``speed`` may change from minute to minute. ``on_post`` is told of each closed bar just before it is sent.
     """
     loop = asyncio.get_running_loop()
-    minute = MINUTE.total_seconds() / speed
     opened = loop.time()
+
+    async def close(instrument: Instrument, bar: Candle, said: Said) -> None:
+        on_post(instrument.symbol, bar.ts)
+        said = msgspec.structs.replace(said, point=instrument.point)
+        await terminal.post(instrument.symbol, "M1", [bar], said, closed=True)
+
     while True:
+        minute = MINUTE.total_seconds() / (speed() if callable(speed) else speed)
         opens = int(markets[0].now.timestamp())
         bars = [(market.instrument, bar) for market in markets if (bar := market.step()) is not None]
         if not bars:
             continue
-        for fraction in FORMING_AT:
+        for fraction in FORMING_AT if minute >= SHORTEST_SHOWN else ():
             await asyncio.sleep(max(0.0, opened + fraction * minute - loop.time()))
             said = Said(replay=True, gmt_time=opens + int(60 * fraction), source=source)
             for instrument, bar in bars:
@@ -273,9 +281,7 @@ async def simulate(
                 await terminal.post(instrument.symbol, "M1", [part], said, closed=False)
         await asyncio.sleep(max(0.0, opened + minute - loop.time()))
         said = Said(replay=True, gmt_time=opens + 60, source=source)
-        for instrument, bar in bars:
-            on_post(instrument.symbol, bar.ts)
-            await terminal.post(instrument.symbol, "M1", [bar], said, closed=True)
+        await asyncio.gather(*(close(instrument, bar, said) for instrument, bar in bars))
         opened = max(opened + minute, loop.time() - minute)
 
 

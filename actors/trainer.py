@@ -191,7 +191,7 @@ class Trainer:
 
         async with files.workspace(self._models / name) as folder:
             await tell(Progress(stage="read", done=0.0))
-            job = await self._read(timeframe, folder, request.seed)
+            job = await self._read(timeframe, folder, request)
             result = await run_child(job, tell)
             report = result.report
             if result.reason:
@@ -220,7 +220,7 @@ class Trainer:
         await self._desk.prune(name)
         return verdict
 
-    async def _read(self, timeframe: str, folder: Path, seed: int | None) -> Job:
+    async def _read(self, timeframe: str, folder: Path, request: TrainRequest) -> Job:
         """Spools the training set into one file a symbol: neither this process nor a message holds it whole."""
         settings, options = self.settings.trainer, self.settings.symbols
         counted = await self._store.fetch("trainset_symbols", timeframe)
@@ -248,10 +248,10 @@ class Trainer:
             champion=await asyncio.to_thread(self._champion, model_name(timeframe)),
             options={
                 "bar_seconds": SECONDS[timeframe],
-                "seed": settings.seed if seed is None else seed,
-                "trees": settings.trees,
-                "max_depth": settings.max_depth,
-                "min_samples_leaf": settings.min_samples_leaf,
+                "seed": settings.seed if request.seed is None else request.seed,
+                "trees": request.trees or settings.trees,
+                "max_depth": request.max_depth or settings.max_depth,
+                "min_samples_leaf": request.min_samples_leaf or settings.min_samples_leaf,
                 "folds": settings.folds,
                 "min_rows": settings.min_rows,
                 "points": {s: points[s] for s in symbols if s in points},

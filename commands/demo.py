@@ -1,4 +1,8 @@
-"""``demo``: a simulated terminal's history, a first model learned from it, and its signals as they come."""
+"""``demo``: a simulated terminal's history, a first model learned from it, its signals, and its life.
+
+Once a model serves, the market's clock runs in a time lapse, so that a person can watch what else takes weeks: the first
+version proves itself against the base rate and becomes champion, and a challenger that was made to know nothing fails.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +18,12 @@ import msgspec
 from nats.aio.msg import Msg
 from rich.console import Console
 
-from actors.core.market import EDGE, INSTRUMENTS, MINUTE, Market, expected_auc
+from actors.core.market import INSTRUMENTS, MINUTE, Market, expected_auc
 from actors.core.verdicts import TrainRequest, Verdict, failed
 from actors.terminal import MAX_CANDLES, Said, Tally, Terminal, TerminalError, simulate
 from bus.client import Bus, BusTooOld, BusUnavailable
-from bus.subjects import SIGNALS, TRAIN
+from bus.subjects import MODELS, OUTCOMES, SIGNALS, TRAIN
+from bus.topology import model_name
 from commands.output import DONE, NO, CommandError
 from commands.places import CLIENT
 from commands.signals import line
@@ -28,13 +33,20 @@ from schema.messages import Signal
 TRADED: Final = tuple(i for i in INSTRUMENTS if i.symbol in {"EURUSD", "XAUUSD", "US30.m"})
 TIMEFRAME: Final = "M1"
 SOURCE: Final = "Simulator"
+EDGE: Final = 0.15  # of the market's: proved within some 4,000 outcomes, and an AUC that no leak guard suspects
 SPEED: Final = 60.0  # market seconds a second: one bar a symbol a second
+LAPSE: Final = 1_800.0  # the same once a model serves: thirty bars a symbol a second
+SAY_EVERY: Final = 5.0  # seconds between two accounts of the evidence
+# A forest whose leaves hold all rows says the base rate, whatever it sees.
+KNOWS_NOTHING: Final = TrainRequest(timeframe=TIMEFRAME, trees=10, max_depth=1, min_samples_leaf=1_000_000)
 MARKET_OPENS: Final = datetime(2025, 6, 1, 22, tzinfo=UTC)  # a Sunday
 LIVE_FROM: Final = datetime(2025, 6, 9, 12, tzinfo=UTC)  # a Monday; 8,000 bars and a weekend lie before it
 ARCHIVE_PATIENCE: Final = 60.0
 ARCHIVE_POLL: Final = 0.25
 TRAIN_PATIENCE: Final = 600.0
 UNNAMED_EVERY: Final = 50  # signals without a model that one line on the screen stands for
+SHOWN_FIRST: Final = 20  # signals of a model that are all shown; of those after them …
+SHOWN_EVERY: Final = 50  # … one in so many
 MAX_AWAITED: Final = 1_000  # posted bars whose signals are still looked for
 STYLES: Final = {1: "green", -1: "red", 0: "dim"}
 
@@ -51,6 +63,10 @@ class Seen:
     highest: float = 0.0
     latencies: deque[float] = field(default_factory=lambda: deque(maxlen=10_000))  # seconds from POST to signal
     posted: dict[tuple[str, datetime], float] = field(default_factory=dict)
+    lives: list[str] = field(default_factory=list)  # what became of versions, in the order of the events
+    outcomes: int = 0  # of the version that serves, with the sums of squared errors: its own and the base rate's
+    errors: float = 0.0
+    base_errors: float = 0.0
     problem: str = "there was no time to train one; give it more, as with --seconds 90."
 
 
@@ -111,7 +127,10 @@ class _Demo:
         self._bus = bus
         self._url = url.rstrip("/")
         self._terminal = Terminal(session, url, api_key=api_key, on_wait=self._on_wait)
-        self._markets = [Market(instrument, seed=seed, start=MARKET_OPENS) for instrument in TRADED]
+        self._markets = [Market(instrument, seed=seed, start=MARKET_OPENS, edge=EDGE) for instrument in TRADED]
+        self._serving: str | None = None
+        self._challenger: str | None = None
+        self._said = 0.0
         self._console = console
         self._seen = seen
 
@@ -124,14 +143,17 @@ class _Demo:
         ends = await self._load_history(live_from, newest)
         await self._wait_until_archived(ends)
         await self._bus.nc.subscribe(SIGNALS.wildcard, cb=self._on_signal)
+        await self._bus.nc.subscribe(MODELS.subject(model_name(TIMEFRAME)), cb=self._on_model)
+        await self._bus.nc.subscribe(OUTCOMES.wildcard, cb=self._on_outcome)
         await self._bus.nc.flush()
         serving = next((s for s in newest.values() if s.model_version is not None), None)
         if serving is not None:
             self._say(f"{serving.model_name} {serving.model_version} is there already and goes on serving.")
+            self._serving = serving.model_version
         training = asyncio.create_task(self._train(), name="demo-train") if serving is None else None
         self._say(f"The market lives on from {live_from:%A %d %B %Y %H:%M} UTC, {SPEED:g} times as fast as a real one.")
         try:
-            await simulate(self._terminal, self._markets, speed=SPEED, source=SOURCE, on_post=self._on_post)
+            await simulate(self._terminal, self._markets, speed=self._speed, source=SOURCE, on_post=self._on_post)
         finally:
             if training is not None:
                 training.cancel()
@@ -162,10 +184,10 @@ class _Demo:
         """Posts what the gateway lacks before ``live_from`` as history; returns the newest bar of each symbol sent."""
         loop = asyncio.get_running_loop()
         started = loop.time()
-        said = Said(history=True, source=SOURCE)
         ends: dict[str, datetime] = {}
         for market in self._markets:
             symbol = market.instrument.symbol
+            said = Said(history=True, source=SOURCE, point=market.instrument.point)
             bars = market.until(live_from)
             if symbol in newest:  # the earlier demo's bars are there; what follows them may be missing
                 bars = [bar for bar in bars if bar.ts > newest[symbol].ts]
@@ -203,14 +225,7 @@ class _Demo:
         self._seen.problem = "the trainer had not answered when the time was over; give it more, as with --seconds 180."
         loop = asyncio.get_running_loop()
         started = loop.time()
-        try:
-            request = msgspec.json.encode(TrainRequest(timeframe=TIMEFRAME))
-            answer = await self._bus.request(TRAIN, request, timeout=TRAIN_PATIENCE)
-            verdict = msgspec.json.decode(answer, type=Verdict)
-        except BusUnavailable as error:
-            verdict = failed(f"{error} Is the trainer running?")
-        except msgspec.DecodeError as error:
-            verdict = failed(f"The trainer's answer is of another version ({error}): start everything anew.")
+        verdict = await self._ask(TrainRequest(timeframe=TIMEFRAME))
         self._seen.problem = verdict.message
         took = f"{loop.time() - started:.0f} s"
         if not verdict.ok:
@@ -221,6 +236,69 @@ class _Demo:
             interval = f" (95 % {verdict.auc_ci[0]:.3f} to {verdict.auc_ci[1]:.3f})" if verdict.auc_ci else ""
             figures = f" Out of sample its AUC is {verdict.auc:.3f}{interval}, learned from {verdict.rows or 0:,} rows."
         self._say(f"After {took}: {verdict.message}{figures}", style="bold")
+        self._say(
+            "It is unproven: it says a probability and trades nothing until its outcomes prove that it knows more than the base "
+            f"rate. From here on the market's clock runs {LAPSE / SPEED:g} times faster.",
+            style="bold",
+        )
+        if verdict.version is not None:
+            self._serving = verdict.version
+        await self._plant()
+
+    async def _plant(self) -> None:
+        """A second recipe that can know nothing, to be seen failing: nothing is promoted for being new."""
+        challenger = await self._ask(KNOWS_NOTHING)
+        if not challenger.ok:
+            self._say(f"The challenger was not made: {challenger.message}", style="yellow")
+            return
+        self._challenger = challenger.version
+        self._say(
+            f"A challenger is planted, {challenger.version}: its leaves hold all rows, so it knows nothing but the base rate. "
+            f"It is followed as a {challenger.verdict} beside the version that serves.",
+            style="bold",
+        )
+
+    async def _ask(self, request: TrainRequest) -> Verdict:
+        try:
+            answer = await self._bus.request(TRAIN, msgspec.json.encode(request), timeout=TRAIN_PATIENCE)
+            return msgspec.json.decode(answer, type=Verdict)
+        except BusUnavailable as error:
+            return failed(f"{error} Is the trainer running?")
+        except msgspec.DecodeError as error:
+            return failed(f"The trainer's answer is of another version ({error}): start everything anew.")
+
+    def _speed(self) -> float:
+        return SPEED if self._serving is None else LAPSE
+
+    async def _on_model(self, message: Msg) -> None:
+        event = MODELS.decode(message.data)
+        if event.event == "activated":
+            if event.version != self._serving:
+                self._seen.outcomes, self._seen.errors, self._seen.base_errors = 0, 0.0, 0.0
+            self._serving = event.version
+        elif event.event != "retired":
+            return
+        what = f"becomes {event.state}" if event.event == "activated" else "is retired"
+        who = "The challenger" if event.version == self._challenger else "The model"
+        self._seen.lives.append(f"{who.lower()} {what}")
+        self._say(f"{who} {event.version} {what}: {event.reason}", style="bold magenta")
+
+    async def _on_outcome(self, message: Msg) -> None:
+        outcome = OUTCOMES.decode(message.data)
+        if outcome.model_version != self._serving or outcome.up is None:
+            return
+        seen, up = self._seen, float(outcome.up)
+        seen.outcomes += 1
+        seen.errors += (outcome.prob_up - up) ** 2
+        seen.base_errors += (outcome.base_rate - up) ** 2
+        now = asyncio.get_running_loop().time()
+        if now - self._said >= SAY_EVERY:
+            self._said = now
+            self._say(
+                f"  … {seen.outcomes:,} outcomes of {outcome.model_version} ({outcome.state}): Brier score "
+                f"{seen.errors / seen.outcomes:.4f}, the base rate's {seen.base_errors / seen.outcomes:.4f}",
+                style="dim",
+            )
 
     async def _on_signal(self, message: Msg) -> None:
         seen = self._seen
@@ -238,9 +316,11 @@ class _Demo:
         if model not in seen.named:
             self._say(f"Signals are made by {model} from here on:", style="bold green")
         seen.named[model] = seen.named.get(model, 0) + 1
+        shown = seen.named[model] <= SHOWN_FIRST or seen.named[model] % SHOWN_EVERY == 0
         if signal.prob_up is not None:
             seen.lowest, seen.highest = min(seen.lowest, signal.prob_up), max(seen.highest, signal.prob_up)
-        self._say(line(signal), style=STYLES[signal.label])
+        if shown:
+            self._say(line(signal), style=STYLES[signal.label])
 
     def _on_post(self, symbol: str, ts: datetime) -> None:
         self._seen.live += 1
@@ -278,9 +358,10 @@ def _end(console: Console, seen: Seen, url: str, *, stopped: bool) -> int:
     if not seen.named:
         raise CommandError(f"No signal named a model in this demo: {seen.problem}", NO)
     models = ", ".join(f"{count} by {model}" for model, count in seen.named.items())
+    lives = f"; {', '.join(seen.lives)}" if seen.lives else ""
     console.print(
         f"Done: {seen.history.received:,} bars of history and {seen.live:,} live ones posted; {seen.signals:,} signals, "
-        f"{models}, p(up) {seen.lowest:.3f} to {seen.highest:.3f}, {median(seen.latencies) * 1_000:.1f} ms from POST to signal (median).",
+        f"{models}{lives}; p(up) {seen.lowest:.3f} to {seen.highest:.3f}, {median(seen.latencies) * 1_000:.1f} ms from POST to signal (median).",
         markup=False,
         style="bold",
     )

@@ -21,18 +21,23 @@ if TYPE_CHECKING:
     from bus.client import Bus
 
 TRAIN_SECONDS: Final = 1_800.0
+RECIPE: Final = ("trees", "max_depth", "min_samples_leaf")  # what one run may be told over the settings
 PING_EVERY: Final = 5.0
 LOST_AFTER: Final = 45.0  # seconds without a sign of the trainer: a restart of it or of NATS is over by then
 
 
 async def train(args: argparse.Namespace) -> int:
-    """``train --timeframe TF [--json]``: 0 when the version serves or is registered, 1 when it is refused."""
+    """``train --timeframe TF [--trees N] [--max-depth N] [--min-samples-leaf N] [--json]``.
+
+    0 when the version serves or is registered, 1 when it is refused. The options make another recipe for this run.
+    """
     timeframe = canonical(args.timeframe)
     if timeframe is None:
         raise CommandError(f'"{args.timeframe}" is no timeframe: MT5\'s names are M1 to MN1.', WRONG)
     loaded = read()
     async with bus_of(find(loaded), loaded) as bus:
-        verdict = await _ask(bus, timeframe)
+        recipe = {name: value for name in RECIPE if (value := getattr(args, name)) is not None}
+        verdict = await _ask(bus, timeframe, recipe)
     if args.json:
         write_json(verdict)
     elif verdict["ok"]:
@@ -45,7 +50,7 @@ async def train(args: argparse.Namespace) -> int:
     return DONE if verdict["ok"] else NO
 
 
-async def _ask(bus: Bus, timeframe: str) -> dict[str, Any]:
+async def _ask(bus: Bus, timeframe: str, recipe: dict[str, int]) -> dict[str, Any]:
     """The trainer's verdict; raises CommandError where none comes."""
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -55,7 +60,7 @@ async def _ask(bus: Bus, timeframe: str) -> dict[str, Any]:
     if trainer is None:
         raise CommandError("No trainer answers: start it with `mt5 up` or `mt5 up trainer`; `mt5 doctor` tells more.")
     inbox = bus.nc.new_inbox()
-    request = msgspec.json.encode({"timeframe": timeframe, "progress": inbox})
+    request = msgspec.json.encode({"timeframe": timeframe, "progress": inbox, **recipe})
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task(f"{timeframe}: asking the trainer", total=1.0)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from schema.messages import Message, ModelEvent, ModelState
 
@@ -13,11 +13,18 @@ Outcome = Literal["provisional", "candidate", "shadow", "champion", "retired", "
 
 
 class TrainRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``progress`` is an inbox that hears :class:`Progress` while the run lasts."""
+    """``progress`` is an inbox that hears :class:`Progress` while the run lasts.
+
+    ``trees``, ``max_depth`` and ``min_samples_leaf`` go over the settings' for this run: another recipe, which has to prove
+    itself against the one that serves.
+    """
 
     timeframe: str
     seed: int | None = None
     progress: str | None = None
+    trees: Annotated[int, Meta(ge=1, le=2_000)] | None = None
+    max_depth: Annotated[int, Meta(ge=1, le=24)] | None = None
+    min_samples_leaf: Annotated[int, Meta(ge=1)] | None = None
 
 
 class ReleaseRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

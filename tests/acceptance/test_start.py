@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
+import threading
 
 import psutil
 import pytest
@@ -11,10 +13,11 @@ import pytest
 from tests.acceptance.conftest import Make
 from tests.system import System
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(400)
 
 PROMISE = 10.0  # seconds on a machine of its own
 DEMO_SECONDS = 90
+LIFE_SECONDS = 330  # two minutes on a machine of its own; the tests share theirs
 
 
 def timed_start(system: System) -> tuple[float, float]:
@@ -56,3 +59,38 @@ def test_the_demo_prints_signals_that_name_their_model_and_exits_with_0(make: Ma
     assert named, done.stdout
     assert "Traceback" not in done.stdout + done.stderr + system.logs()
     assert not system.processes()
+
+
+@pytest.mark.slow
+def test_the_demo_shows_a_models_life(make: Make) -> None:
+    """From provisional to champion by evidence, and a challenger that was planted to fail."""
+    system = make()
+    with system.running("demo") as demo:
+        assert demo.stdout is not None
+        watchdog = threading.Timer(LIFE_SECONDS, demo.kill)
+        watchdog.start()
+        said: list[str] = []
+        for line in demo.stdout:
+            said.append(line)
+            if "The challenger" in line and "is retired" in line and any("becomes champion" in one for one in said):
+                break
+        watchdog.cancel()
+        text = "".join(said)
+        assert demo.poll() is None, text
+        demo.send_signal(signal.SIGTERM)
+        demo.communicate(timeout=30)
+        assert demo.returncode == 0
+    first, challenger = (
+        re.search(pattern, text)
+        for pattern in (r"The model (\S+) becomes provisional", r"A challenger is planted, (\S+):")
+    )
+    assert first is not None, text
+    assert challenger is not None, text
+    proved = re.search(rf"The model {first[1]} becomes champion: .* predicts better than the base rate", text)
+    assert proved is not None, text
+    assert int(re.findall(r"([\d,]+) outcomes of \S+ \(provisional\)", text)[-1].replace(",", "")) > 300
+    failed = re.search(
+        rf"The challenger {challenger[1]} is retired: .* than shadow {challenger[1]}: evidence (\d+)", text
+    )
+    assert failed is not None, text
+    assert int(failed[1]) >= 100
