@@ -14,7 +14,7 @@ import msgspec
 
 from actors.core.hashing import features_hash, signal_id
 from actors.core.series import SeriesState, append
-from actors.core.serving import ServedModel, decide, expires_at
+from actors.core.serving import NO_ANSWER, ServedModel, decide, expires_at
 from actors.core.timeframe import end_time
 from bus.client import Bus
 from bus.consume import Reader
@@ -201,7 +201,7 @@ async def _check_signals(
         decision = decide(
             row,
             series.symbol,
-            model.prob_up(series.symbol, row) if model is not None else None,
+            model.answer(series.symbol, row) if model is not None else NO_ANSWER,
             model.manifest if model is not None else None,
             state,
             judged_at=end,
