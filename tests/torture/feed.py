@@ -184,6 +184,10 @@ class Sender(threading.Thread):
         if response.status == 503:
             self.refusals.append((time.monotonic(), time.monotonic() - began))
             return None
+        if response.status == 408:  # a gateway that was frozen while the body came; terminals send again
+            self._connection.close()
+            self._connection = None
+            return None
         if response.status != 200:
             raise AssertionError(f"the gateway answered {response.status}: {data[:300]!r}")
         found: dict[str, Any] = json.loads(data)
