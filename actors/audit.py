@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from actors.core.manifest import OtherRuntime
 from actors.core.rebuild import PRICES, Rebuilder, Version
 from actors.core.receipts import FEATURES, Difference, Receipt, Service, Value, compare
 from actors.core.serving import ModelRefused, ServedModel
@@ -38,10 +39,14 @@ SHOWN: Final = 5  # signals that an alert names
 
 
 class Checked(NamedTuple):
-    """A signal and what of it is not as it must be; nothing where it is identical."""
+    """A signal and what of it is not as it must be; nothing where it is identical.
+
+    Of a ``foreign`` one nobody can tell here: its one difference says which release to install.
+    """
 
     signal: Signal
     differences: tuple[Difference, ...]
+    foreign: bool = False  # its version was made with another ONNX Runtime than this host's, and cannot be asked here
 
 
 class Audit:
@@ -52,6 +57,7 @@ class Audit:
         self._streams = streams
         self._load = load
         self._models: dict[tuple[str, str], ServedModel | str] = {}
+        self._foreign: set[str] = set()  # why those versions are not loaded here
         self._service: Service | None = None
 
     async def one(self, signal_id: str) -> Checked | None:
@@ -154,13 +160,12 @@ class Audit:
         models = [await self._model(service, receipt.signal) for receipt in receipts]
 
         def compared() -> list[Checked]:
-            return [
-                Checked(
-                    receipt.signal,
-                    compare(_with_log(receipt, past, log), past, service, model, model_name(timeframe)),
-                )
-                for receipt, model in zip(receipts, models, strict=True)
-            ]
+            out = []
+            for receipt, model in zip(receipts, models, strict=True):
+                found = compare(_with_log(receipt, past, log), past, service, model, model_name(timeframe))
+                foreign = model in self._foreign and any(one.rebuilt == model for one in found)
+                out.append(Checked(receipt.signal, found, foreign))
+            return out
 
         return await asyncio.to_thread(compared)
 
@@ -180,6 +185,8 @@ class Audit:
                 self._models[key] = await self._load(*key)
             except ModelRefused as error:
                 self._models[key] = str(error)
+                if isinstance(error, OtherRuntime):
+                    self._foreign.add(str(error))
         return self._models[key]
 
 
@@ -272,6 +279,18 @@ class Auditor:
         if not checked:
             return []
         at = datetime.now(UTC)
+        foreign = sum(one.foreign for one in checked)
+        audited_total.inc(foreign, result="unverifiable")
+        if foreign:
+            self._ctx.log.warning(
+                "signals of versions that this host cannot load are not audited",
+                action="audit.foreign",
+                signals=foreign,
+                why=next(one.differences[0].rebuilt for one in checked if one.foreign),
+            )
+        checked = [one for one in checked if not one.foreign]
+        if not checked:
+            return []
         await self._store.execute(
             "insert_audits",
             at,

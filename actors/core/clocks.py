@@ -239,7 +239,8 @@ class Clocks:
         else:
             self._note_openings(known, series)
             if offset is not None:
-                own = self._from_fields(known, at, offset, now, alerts)
+                # By the broker's own clock: where the computer's is some seconds off, a change is still seen when it happens.
+                own = self._from_fields(known, cast(int, server_time) - offset, offset, now, alerts)
             elif not replay:
                 self._from_newest(known, series, now, alerts)
             self._learn_family(known, now, alerts)

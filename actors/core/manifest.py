@@ -32,6 +32,10 @@ class ModelRefused(ValueError):
     """A version that must not serve; the message says why and what to do."""
 
 
+class OtherRuntime(ModelRefused):
+    """The version is whole, and was made with a library release that is not installed: another host may well serve it."""
+
+
 class ModelFile(Struct, frozen=True, kw_only=True):
     """One artifact: its SHA-256 in hex and its size in bytes."""
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from actors.core.hashing import features_hash, signal_id
 from actors.core.inputs import FEATURE_SETS, FeatureSet
-from actors.core.manifest import MANIFEST_FILE, ONNX_FILE, Manifest, ModelRefused
+from actors.core.manifest import MANIFEST_FILE, ONNX_FILE, Manifest, ModelRefused, OtherRuntime
 from actors.core.outliers import is_outlier
 from actors.core.sealed import check_file
 from actors.core.timeframe import end_time
@@ -109,7 +109,7 @@ class ServedModel:
         trained_with = manifest.libraries.get(RUNTIME, "an unknown version")
         if trained_with != onnxruntime.__version__:
             # Another release may add in another order: signals would no longer be those that a replay gives.
-            raise ModelRefused(
+            raise OtherRuntime(
                 f"{manifest.name} {manifest.version} was made with {RUNTIME} {trained_with} and {onnxruntime.__version__} is "
                 f"installed: train again with this release, or install {RUNTIME}=={trained_with}."
                 if RUNTIME in manifest.libraries

@@ -14,9 +14,11 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest.mock import patch
 
 import asyncpg
 import msgspec
+import onnxruntime
 import pytest
 import structlog
 
@@ -265,6 +267,12 @@ async def the_standing_audit(bus: Bus, store: Store, archive: asyncpg.Connection
     assert row["signal_id"] == newest["id"] and json.loads(row["difference"])[0]["field"] == "label"
     (alert,) = await read_until(bus, ALERTS, bool)
     assert (alert.severity, alert.check) == ("critical", "receipts") and newest["id"] in alert.message
+    # Another ONNX Runtime cannot make these signals again, which is no fault of theirs: nobody is woken up for it.
+    with patch.object(onnxruntime, "__version__", "0.0"):
+        checked = await auditor.once()
+    assert not [one for one in checked if one.differences]
+    assert audited_total.value(result="unverifiable") == 40 - len(checked) > 0
+    assert len(await read_until(bus, ALERTS, bool)) == 1
 
 
 async def not_archived_yet(life: Life, nats_url: str, pg_url: str, store: Store) -> None:

@@ -536,3 +536,22 @@ def test_whatever_comes_books_stay_in_order_and_payloads_with_fields_are_convert
         assert all(a.at <= b.at for a, b in pairwise(ledger.books))
         assert all(a.until < b.since for a, b in pairwise(ledger.book.runs))
         assert msgspec.json.decode(msgspec.json.encode(ledger), type=ClockLedger) == ledger
+
+
+@pytest.mark.parametrize("ahead", [-120, -2, 2, 120], ids=lambda seconds: f"{seconds} s ahead")
+def test_a_computer_some_seconds_off_does_not_move_a_change(ahead: int) -> None:
+    """Its last word before a change may carry a time after it: the change is the broker's, and so is its clock."""
+    line, change = by_rule("Europe/Athens"), utc(2025, 10, 26, 1)
+    to, bar = clocks(), {("EURUSD", "M1"): [change]}
+    for moment in [*range(change - 300, change, 20), change - 1, *range(change + 61, change + 300, 20)]:
+        conversion = to.resolve(
+            BROKER,
+            server_time=line.to_server(moment),
+            gmt_time=moment + ahead,
+            series={key: [line.to_server(at) for at in times] for key, times in bar.items()},
+            now=float(moment),
+        )
+    assert conversion.to_utc(line.to_server(change), "M1") == change
+    book = next(ledger.books[-1] for ledger in to.take_unsaved())
+    assert timeline(book, zone_steps).offset_at(change - 1) == 3 * HOUR
+    assert timeline(book, zone_steps).offset_at(change) == 2 * HOUR
