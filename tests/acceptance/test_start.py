@@ -61,7 +61,7 @@ def test_the_demo_prints_signals_that_name_their_model_and_exits_with_0(make: Ma
     assert not system.processes()
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_the_demo_shows_a_models_life(make: Make) -> None:
     """From provisional to champion by evidence, and a challenger that was planted to fail."""
     system = make()
