@@ -21,8 +21,10 @@ import asyncpg
 import joblib
 import msgspec
 
-from actors.core.manifest import MANIFEST_FILE, ONNX_FILE, Manifest
+from actors.core import signing
+from actors.core.manifest import MANIFEST_FILE, ONNX_FILE, SIGNATURE_FILE, Manifest
 from actors.core.market import INSTRUMENTS
+from actors.workshop.keys import PRIVATE_FILE
 from bus.client import Bus
 from bus.subjects import MODELS, SIGNALS
 from commands.bench_core import post_body
@@ -58,7 +60,7 @@ async def chain(system: Running, peers: Path, rounds: int, posts: int, scratch: 
         bus = await Bus.connect(system.nats, name=CLIENT)
         stack.push_async_callback(bus.close)
         session = await stack.enter_async_context(aiohttp.ClientSession())
-        await release(bus)
+        await release(bus, system.home)
         bars = iter(candles(WARM + rounds * (posts + SETTLE)))
         warm = [next(bars) for _ in range(WARM)]
         await post_history(session, system.gateway, SYMBOL, warm)
@@ -108,9 +110,10 @@ def missing(peers: Path, name: str) -> str:
 # --- ours --------------------------------------------------------------------------------------------------------
 
 
-async def release(bus: Bus) -> None:
-    """Lets a model of 200 trees serve; returns once the emitter says so."""
+async def release(bus: Bus, home: Path) -> None:
+    """Lets a model of 200 trees serve, signed with the key of ``home``'s trainer; returns once the emitter says so."""
     one = served(SYMBOL)
+    signature = signing.sign(await asyncio.to_thread((home / "keys" / PRIVATE_FILE).read_bytes), one.manifest)
     manifest = msgspec.json.decode(one.manifest, type=Manifest)
     serves: asyncio.Future[ModelEvent] = asyncio.get_running_loop().create_future()
 
@@ -120,7 +123,7 @@ async def release(bus: Bus) -> None:
             serves.set_result(event)
 
     listening = await bus.nc.subscribe(MODELS.wildcard, cb=on_event)
-    for file, data in ((MANIFEST_FILE, one.manifest), (ONNX_FILE, one.graph)):
+    for file, data in ((ONNX_FILE, one.graph), (SIGNATURE_FILE, signature), (MANIFEST_FILE, one.manifest)):
         await bus.put_object(f"{manifest.name}/{manifest.version}/{file}", data)
     event = ModelEvent(
         event="released",

@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
+import onnxruntime
 from sklearn.ensemble import RandomForestClassifier
 
 from actors.core.forest import CalibratedForest, to_onnx
@@ -17,7 +18,7 @@ from actors.core.inputs import SCALE_FREE_V1, FeatureColumns
 from actors.core.manifest import ONNX_FILE, Manifest, ModelFile, version_name
 from actors.core.market import INSTRUMENTS, Market
 from actors.core.series import SeriesState, append, origin
-from actors.core.serving import ServedModel
+from actors.core.serving import RUNTIME, ServedModel
 from bus.topology import model_name
 from schema.messages import Candle, CandleBlock, FeatureRow
 
@@ -89,7 +90,7 @@ def served(symbol: str) -> Served:
         timeframe=TIMEFRAME,
         created_at=now,
         files={ONNX_FILE: ModelFile(sha256=sha256(graph).hexdigest(), size=len(graph))},
-        libraries={},
+        libraries={RUNTIME: onnxruntime.__version__},
         feature_set=SCALE_FREE_V1.name,
         inputs=SCALE_FREE_V1.inputs,
         symbols=(symbol,),

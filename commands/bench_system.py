@@ -33,6 +33,7 @@ class Running:
 
     pid: int
     seconds: float
+    home: Path
     gateway: str
     nats: str
     database: str
@@ -67,7 +68,7 @@ async def running(home: Path) -> AsyncIterator[Running]:
         ready = await _ready(process, home, log_file)
         seconds = time.perf_counter() - started
         reading = asyncio.create_task(_drain(process), name="bench-drain")
-        yield Running(process.pid, seconds, ready["gateway"], ready["nats"], ready["database"])
+        yield Running(process.pid, seconds, home, ready["gateway"], ready["nats"], ready["database"])
     finally:
         if process.returncode is None:
             process.terminate()

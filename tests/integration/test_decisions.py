@@ -15,7 +15,7 @@ import msgspec
 import pytest
 import structlog
 
-from actors.core.manifest import MANIFEST_FILE, ONNX_FILE, PICKLE_FILE, SIGNATURE_FILE
+from actors.core.manifest import MANIFEST_FILE, ONNX_FILE, PICKLE_FILE, PREDICTIONS_FILE, SIGNATURE_FILE
 from actors.core.verdicts import Verdict
 from actors.emitter import Emitter
 from actors.trainer import Trainer
@@ -31,7 +31,7 @@ from tests.servers import ROOT
 from tests.system import environment
 
 BOTH = (Trainer, Emitter)
-KEPT = {ONNX_FILE, MANIFEST_FILE, SIGNATURE_FILE}
+KEPT = {ONNX_FILE, PREDICTIONS_FILE, MANIFEST_FILE, SIGNATURE_FILE}  # predictions: what the report is checked by
 
 
 @pytest.fixture
