@@ -61,6 +61,9 @@ class Stage:
         port = free_port()
         settings = _settings(feeds, port)
         folder = Path(tempfile.mkdtemp(prefix="hostile-", dir=self.folder))
+        artifacts = _model(
+            _symbols(feeds)
+        )  # before anything runs: a training would hold the actors' loop up for seconds
         with nats_server(folder) as server:
             url = server.url(OPERATOR)
             async with cloned_database(self.postgres, self.template) as database:
@@ -70,7 +73,7 @@ class Stage:
                     async with running(
                         Collector, Features, Emitter, Recorder, nats_url=url, database_url=database, settings=settings
                     ):
-                        await models.release(bus, _model(_symbols(feeds)), "champion")
+                        await models.release(bus, artifacts, "champion")
                         await read_until(bus, MODELS, lambda events: any(e.event == "activated" for e in events))
                         gateway = f"http://127.0.0.1:{port}/ingest"
                         await _send(gateway, hostile.merged(feeds, which), senders)
