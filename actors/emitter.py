@@ -25,7 +25,7 @@ from actors.core.ingest import digest_text
 from actors.core.serving import ModelRefused, ServedModel, makes_signal, signal_of
 from bus.client import BusUnavailable, Outgoing, outgoing
 from bus.consume import Delivery, Done, Outcome, Reader, StreamReplaced, consume, find, last_message
-from bus.subjects import CANDLE, FEATURES, FEATURES_AT, MODELS, RECEIVED_AT, SIGNAL_AGAIN, SIGNALS
+from bus.subjects import CANDLE, CANDLES, FEATURES, FEATURES_AT, MODELS, RECEIVED_AT, SIGNAL_AGAIN, SIGNALS
 from bus.supervise import Context, run_tasks, serve
 from bus.telemetry import cursor_lag, cursor_lag_seconds, signal_seconds, signals_total, trace_headers
 from bus.topology import model_name
@@ -64,6 +64,9 @@ class Emitter:
         self.active: dict[str, list[Activation]] = {}  # by timeframe, in the order of their activation
         self.versions: dict[str, list[tuple[int, str]]] = {}  # every activation's (from_seq, version), by timeframe
         self.handled = 0  # CANDLES sequence up to which every signal is published
+        # Where CANDLES ended when this run began. SIGNALS may have lost a tail that is being made again: what was said once,
+        # by the model of that time, is said again by the same one, so no version activated now serves before this.
+        self._log_end = 0
         self._done = 0  # the newest candles_seq that this run has read; never ahead of the stream, as handled may be
         self._said: set[tuple[str, int]] = (
             set()
@@ -76,6 +79,7 @@ class Emitter:
         self._artifacts = Artifacts(self.bus, ctx.settings)
 
     async def run(self) -> None:
+        self._log_end = (await self.bus.js.stream_info(str(CANDLES.stream))).state.last_seq
         resume = await self._read_back()
         start = await find(self.bus, FEATURES, resume)
         self.handled = max(resume - 1, 0)
@@ -228,7 +232,7 @@ class Emitter:
             await self._answer(delivery, "refused", None, str(error))
             return
         async with self._gate:
-            from_seq = self.handled + 1
+            from_seq = max(self.handled, self._log_end) + 1
             await self._answer(delivery, "activated", from_seq, event.reason)
             serving = self.active.setdefault(event.timeframe, [])
             serving.append(Activation(from_seq, event.version, event.state, model))

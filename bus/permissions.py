@@ -127,6 +127,7 @@ _PUBLISH: Final[dict[str, tuple[str, ...]]] = {
         *_read(_name(SIGNALS)),
         *_read(_name(MODELS)),
         *_FILES_READ,
+        f"{API}.STREAM.INFO.{_name(CANDLES)}",
         *_owner("emitter"),
     ),
     "recorder": (
