@@ -238,3 +238,11 @@ async def test_an_answer_goes_on_with_the_trace_of_the_release(bus: Bus, nats_ur
     told = (raw.headers or {})["traceparent"].split("-")
     assert told[1] == "ab" * 16
     assert told[2] != "cd" * 8
+
+
+async def test_no_version_serves_from_before_the_end_of_the_log_that_the_emitter_met(bus: Bus, nats_url: str) -> None:
+    """FEATURES and SIGNALS may have lost what was said of these candles: it is said again by the model of that time."""
+    last = await put(bus, walk(5), size=1)
+    async with running(Emitter, nats_url=nats_url):  # the features are made again later
+        event = await answer(bus, await release(bus, files()))
+    assert (event.event, event.from_seq) == ("activated", last + 1)
