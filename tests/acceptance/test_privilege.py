@@ -56,7 +56,7 @@ READERS = {
     "SIGNALS": {"collector", "emitter", "recorder", "scorer"},
     "EVENTS": {"emitter", "trainer", "scorer"},
 }
-LOOKERS = {"CANDLES": {"recorder"}}  # may ask how far it reaches, and read nothing of it
+LOOKERS = {"CANDLES": {"recorder", "emitter"}}  # may ask how far it reaches, and read nothing of it
 
 
 class Wire:
