@@ -54,6 +54,7 @@ def parser() -> Parser:
     _running(commands)
     _asking(commands)
     _mending(commands)
+    _operating(commands)
     return top
 
 
@@ -73,7 +74,7 @@ def _running(commands: Any) -> None:
         "actors",
         nargs="*",
         metavar="ACTOR",
-        help="run these only: collector, features, emitter, recorder, trainer, scorer",
+        help="run these only: collector, features, emitter, recorder, trainer, scorer, health, backup",
     )
     up.add_argument("--isolate", action="store_true", help="give every actor its own process")
 
@@ -275,6 +276,77 @@ def _mending(commands: Any) -> None:
     bench.add_argument(
         "--peers", metavar="DIR", help="the peers' folder (default: ../shared/peers beside the checkout)"
     )
+
+
+def _operating(commands: Any) -> None:
+    health = _groups(commands, "health", "how everything is: check, stats, incidents, report, test-alert")
+    check = _command(health, "check", "commands.health:check", "run the checks once", json=True)
+    check.add_argument("names", nargs="*", metavar="CHECK", help="these checks only, by name or its beginning")
+    stats = _command(health, "stats", "commands.health:stats", "each check's figures over a period", json=True)
+    stats.add_argument("--since", default="24h", metavar="WHEN", help="from then on, or of this age (%(default)s)")
+    stats.add_argument("names", nargs="*", metavar="CHECK", help="these checks only, by name or its beginning")
+    incidents = _command(health, "incidents", "commands.health:incidents", "what went wrong, and how long", json=True)
+    incidents.add_argument("--since", default="7d", metavar="WHEN", help="from then on, or of this age (%(default)s)")
+    report = _command(health, "report", "commands.daily:report", "print the daily report", json=True)
+    report.add_argument("--html", metavar="FILE", help="write it as a page, too")
+    report.add_argument("--day", metavar="DATE", help="of this UTC day (default: the last 24 hours)")
+    report.add_argument("--mail", action="store_true", help="send it as the schedule would")
+    _command(health, "test-alert", "commands.health:test_alert", "send a test through every sender", json=True)
+
+    backup = _groups(commands, "backup", "backups: run, list, verify, restore, drill")
+    made = _command(backup, "run", "commands.backup:run", "make a backup, ship it and prune old ones", json=True)
+    made.add_argument("--unless-newer", metavar="AGE", help="do nothing where one is younger than this, such as 20h")
+    made.add_argument("--local", action="store_true", help="keep it under MT5_HOME, and ship nothing")
+    listed = _command(backup, "list", "commands.backup:listing", "list the backups, newest first", json=True)
+    listed.add_argument("--local", action="store_true", help="those under MT5_HOME only, and ask no target")
+    verified = _command(
+        backup,
+        "verify",
+        "commands.backup:verify",
+        "check every hash, and restore it into a scratch database",
+        json=True,
+    )
+    verified.add_argument("backup", metavar="ID", help="the backup's name, `latest`, or its folder")
+    verified.add_argument("--quick", action="store_true", help="the hashes only")
+    restored = _command(
+        backup, "restore", "commands.backup:restore", "bring everything back onto an empty installation", json=True
+    )
+    restored.add_argument("backup", metavar="ID", help="the backup's name, `latest`, or its folder")
+    restored.add_argument("--into", metavar="URL", help="the database only, into this empty one")
+    drilled = _command(
+        backup,
+        "drill",
+        "commands.backup:drill",
+        "restore the newest backup for practice, and say how long it takes",
+        json=True,
+    )
+    drilled.add_argument("--home", metavar="DIR", help="where to put what is restored (default: a scratch folder)")
+
+    units = _command(
+        commands, "install-systemd", "commands.systemd:install", "install the units and timers of systemd", json=True
+    )
+    units.add_argument("--dir", default="/etc/systemd/system", metavar="DIR", help="where units go (%(default)s)")
+    units.add_argument(
+        "--user", default="mt5", metavar="NAME", help="the account that everything runs as (%(default)s)"
+    )
+    units.add_argument("--home", metavar="DIR", help="MT5_HOME of the units (default: /var/lib/mt5)")
+    units.add_argument("--per-actor", action="store_true", help="a unit per actor instead of one for the whole")
+    units.add_argument("--remove", action="store_true", help="take them away again")
+
+    job = _groups(
+        commands, "job", "what the timers run: update, tests, vuln-check, remote-backup, daily-report, runner-check"
+    )
+    for name, text in (
+        ("update", "update the checkout, its dependencies and images; roll back what is not healthy then"),
+        ("tests", "run the test suite, and mail what came of it"),
+        ("vuln-check", "look for known holes in the dependencies, and mail what was found"),
+        ("remote-backup", "make, ship and verify a backup, and mail what came of it"),
+        ("daily-report", "mail the daily report"),
+        ("runner-check", "see whether the CI runner works, and mail when it does not"),
+    ):
+        one = _command(job, name, f"commands.jobs:{name.replace('-', '_')}", text, json=True)
+        if name == "update":
+            one.add_argument("--to", metavar="REVISION", help="this revision (default: the branch's newest)")
 
 
 def _groups(commands: Any, name: str, text: str) -> Any:

@@ -7,23 +7,29 @@ from typing import Final
 
 from bus.subjects import (
     ALERTS,
+    BACKUP_RUN,
+    BACKUPS,
     CANDLES,
     CLOCK,
     DECIDE,
     FEATURE_STATE,
     FEATURES,
     FORMING,
+    HEALTH_CHECK,
     MODEL_FILES,
     MODELS,
     OUTCOMES,
     OWNERS,
+    PROBE,
     PROMOTE,
     REJECTS,
     RETIRE,
     ROLLBACK,
     SCORECARD,
+    SEND_REPORT,
     SIGNAL_AGAIN,
     SIGNALS,
+    TEST_ALERT,
     TRAIN,
     Channel,
     bucket_stream,
@@ -95,6 +101,7 @@ _EVERYONE: Final = (
     f"_INBOX_{OPERATOR}.>",
     "_INBOX_collector.>",
     "_INBOX_scorer.>",
+    "_INBOX_health.>",
     f"{API}.STREAM.NAMES",
 )
 
@@ -148,6 +155,30 @@ _PUBLISH: Final[dict[str, tuple[str, ...]]] = {
         *_FILES_READ,
         *_owner("scorer"),
     ),
+    # Looks at everything and changes nothing.
+    "health": (
+        ALERTS.wildcard,
+        PROBE,
+        *_read(_name(ALERTS)),
+        f"{API}.INFO",
+        f"{API}.STREAM.LIST",
+        f"{API}.STREAM.INFO.*",
+        f"{API}.CONSUMER.LIST.*",
+        f"{API}.CONSUMER.INFO.*.*",
+        status_of("*"),
+        metrics_of("*"),
+        *_owner("health"),
+    ),
+    # Reads every stream whole, and writes none but its own events.
+    "backup": (
+        BACKUPS.wildcard,
+        *_read(_name(BACKUPS)),
+        f"{API}.STREAM.LIST",
+        f"{API}.STREAM.INFO.*",
+        f"{API}.STREAM.SNAPSHOT.*",
+        "$JS.SNAPSHOT.ACK.>",
+        *_owner("backup"),
+    ),
 }
 
 _SUBSCRIBE: Final[dict[str, tuple[str, ...]]] = {
@@ -157,6 +188,8 @@ _SUBSCRIBE: Final[dict[str, tuple[str, ...]]] = {
     "recorder": (),
     "trainer": (TRAIN, PROMOTE, ROLLBACK, RETIRE, DECIDE),
     "scorer": (SCORECARD,),
+    "health": (HEALTH_CHECK, TEST_ALERT, SEND_REPORT),
+    "backup": (BACKUP_RUN,),
 }
 
 

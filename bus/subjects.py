@@ -10,6 +10,7 @@ import msgspec
 
 from schema.messages import (
     Alert,
+    BackupEvent,
     CandleBlock,
     FeatureBlock,
     FormingCandle,
@@ -83,6 +84,7 @@ FORMING: Final = Channel("forming", 2, FormingCandle, None)
 MODELS: Final = Channel("models", 1, ModelEvent, "EVENTS")
 OUTCOMES: Final = Channel("outcomes", 2, Outcome, "EVENTS")
 ALERTS: Final = Channel("alerts", 2, Alert, "EVENTS")
+BACKUPS: Final = Channel("backups", 1, BackupEvent, "EVENTS")
 REJECTS: Final = Channel("rejects", 1, Reject, "REJECTS")
 
 CHANNELS: Final[tuple[Channel[Message], ...]] = (  # type: ignore[assignment]
@@ -93,6 +95,7 @@ CHANNELS: Final[tuple[Channel[Message], ...]] = (  # type: ignore[assignment]
     MODELS,
     OUTCOMES,
     ALERTS,
+    BACKUPS,
     REJECTS,
 )
 
@@ -115,6 +118,14 @@ RETIRE: Final = "models.retire"
 DECIDE: Final = "models.decide"  # the scorer's, with evidence
 SCORECARD: Final = "scorer.scorecard"
 SIGNAL_AGAIN: Final = "emitter.again"
+HEALTH_CHECK: Final = "health.check"
+TEST_ALERT: Final = "health.test"
+SEND_REPORT: Final = "health.report"
+BACKUP_RUN: Final = "backup.run"
+
+# What the health monitor publishes to see that JetStream stores; the stream PROBE keeps the newest one.
+PROBE: Final = "probe.write"
+PROBE_STREAM: Final = "PROBE"
 
 
 def status_of(actor: str) -> str:

@@ -16,6 +16,8 @@ from nats.js.errors import APIError, NotFoundError
 from bus import ownership
 from bus.client import Bus
 from bus.subjects import (
+    ALERTS,
+    BACKUPS,
     CANDLES,
     CLOCK,
     FEATURE_STATE,
@@ -24,6 +26,8 @@ from bus.subjects import (
     MODELS,
     OUTCOMES,
     OWNERS,
+    PROBE,
+    PROBE_STREAM,
     REJECTS,
     SIGNALS,
     bucket_stream,
@@ -38,7 +42,14 @@ REJECTS_MAX_BYTES: Final = 256 * 1024**2
 BUCKET_MAX_BYTES: Final = 1024**3
 OWNERS_MAX_BYTES: Final = 1024**2
 EVENTS_PER_SUBJECT: Final = 10_000
-OWNED: Final = ("features", "emitter", "recorder", "scorer")  # actors of which one process at a time does the work
+OWNED: Final = (
+    "features",
+    "emitter",
+    "recorder",
+    "scorer",
+    "health",
+    "backup",
+)  # actors of which one process at a time does the work
 
 
 def model_name(timeframe: str) -> str:
@@ -114,7 +125,7 @@ def wanted(streams: Streams) -> list[StreamConfig]:
             str(MODELS.stream),
             # Each model by name: models.promote and models.rollback are requests, which a stream must not answer.
             [MODELS.subject(model_name(timeframe)) for timeframe in TIMEFRAMES]
-            + ["alerts.>", "backups.>", OUTCOMES.wildcard],
+            + [ALERTS.wildcard, BACKUPS.wildcard, OUTCOMES.wildcard],
             # Outcomes come by the million, and must not push the models' lives out of the stream.
             max_msgs_per_subject=EVENTS_PER_SUBJECT,
             allow_atomic=True,  # the scorer's outcomes, many at once after a replay
@@ -122,6 +133,7 @@ def wanted(streams: Streams) -> list[StreamConfig]:
             max_bytes=streams.derived_max_bytes,
         ),
         _stream(str(REJECTS.stream), [REJECTS.wildcard], max_age=30 * 86_400.0, max_bytes=REJECTS_MAX_BYTES),
+        _stream(PROBE_STREAM, [PROBE], max_msgs=1, max_bytes=OWNERS_MAX_BYTES),
         _key_value(FEATURE_STATE, BUCKET_MAX_BYTES, allow_atomic=True),
         _key_value(OWNERS, OWNERS_MAX_BYTES),
         _key_value(CLOCK, BUCKET_MAX_BYTES // 16),

@@ -45,6 +45,8 @@ ACTORS: Final = {
     "recorder": "actors.recorder:Recorder",
     "trainer": "actors.trainer:Trainer",
     "scorer": "actors.scorer:Scorer",
+    "health": "actors.health:Health",
+    "backup": "actors.backup:Backup",
 }
 HOT: Final = ("collector", "features", "emitter")  # one process on one event loop: no hop between them costs a switch
 

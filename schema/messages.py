@@ -241,13 +241,34 @@ class Outcome(Message, frozen=True):
 
 
 class Alert(Message, frozen=True):
-    """Something that a person should know, on ``alerts.<severity>.<check>``. ``source`` is the terminal it is about."""
+    """Something that a person should know, on ``alerts.<severity>.<check>``. ``source`` is the terminal it is about.
+
+    The health monitor's own name their ``incident`` and say what became of it in ``event``; others have neither.
+    """
 
     severity: Literal["info", "warning", "critical"]
     check: str
     message: str
     at: UtcTime
     source: str | None = None
+    details: dict[str, Any] = {}
+    event: Literal["opened", "escalated", "reminder", "closed"] | None = None
+    incident: str = ""
+
+
+class BackupEvent(Message, frozen=True):
+    """What became of a backup, on ``backups.<event>``. ``seconds`` is how long it took, ``rpo_seconds`` the age of the
+    newest data in it by then; ``error`` says why it failed.
+    """
+
+    event: Literal["made", "shipped", "verified", "drilled", "failed", "pruned"]
+    backup: str
+    at: UtcTime
+    bytes: int = 0
+    seconds: float = 0.0
+    rpo_seconds: float | None = None
+    target: str = ""
+    error: str = ""
     details: dict[str, Any] = {}
 
 

@@ -7,13 +7,14 @@ Durations are seconds, sizes bytes, unless the name says otherwise.
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 from msgspec import Meta, Struct
 
 Port = Annotated[int, Meta(ge=0, le=65_535)]
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
+Share = Annotated[float, Meta(gt=0, lt=1)]
 
 ALIASES: Final[dict[str, str]] = {
     "MT5_HOME": "home",
@@ -104,6 +105,116 @@ class Scorer(Section, frozen=True):
     audit_sample: Count = 20  # how many at a time
 
 
+class Health(Section, frozen=True):
+    """What the health monitor looks at and when it minds. Schedules are "HH:MM" UTC every day, or "Sat HH:MM"."""
+
+    interval_seconds: Positive = 30.0
+    timeout_seconds: Positive = 10.0  # of one check; one that takes longer has failed
+    keep_days: Count = 30  # how long results stay in health_checks.db
+    gateway: str | None = None  # the gateway's URL; None: the one of this `up`
+    endpoints: tuple[str, ...] = ("/health", "/live", "/docs", "/signals?timeframe=M1&limit=1")  # or whole URLs
+    disks: tuple[str, ...] = ()  # folders whose file system is watched, beside the home's
+    disk_free: Share = 0.10  # less than this free is a warning …
+    disk_critical: Share = 0.03  # … and less than this is critical
+    database_max_bytes: Count | None = None
+    stale_seconds: Positive = 180.0  # of open session without a bar that should have come: the feed is stale
+    lag_messages: Count = 10_000  # that a reader may be behind
+    model_days: Count = 45  # age of a model that serves
+    backup_hours: Positive = 26.0  # age of the newest backup; looked at once a target or a schedule is set
+    certificates: tuple[str, ...] = ()  # "host:port" or a PEM file
+    certificate_days: Count = 21  # before their end
+    docker_socket: str = "/var/run/docker.sock"  # where present
+    containers: tuple[str, ...] = ()  # that must run; none named: every container of the project "mt5"
+    runner_units: str = "actions.runner.*"  # of systemd, where there are any
+    maintenance: str | None = "03:10"  # nightly VACUUM and ANALYZE, and partitions ahead
+    report: str | None = None  # when the daily report is mailed; None: only on request, or by its systemd timer
+
+
+class Rule(Section, frozen=True):
+    """How a check becomes an alert; ``[alerts.rules."feed"]`` is for ``feed`` and every ``feed.…``. None: as [alerts]."""
+
+    after: Count | None = None
+    clear: Count | None = None
+    remind_seconds: Positive | None = None
+    severity: Literal["info", "warning", "critical"] | None = None  # at most this
+    mute: bool = False  # observed and never told
+
+
+class Maintenance(Section, frozen=True):
+    """A window in which alerts are held back: every day from ``start`` to ``end`` in ``zone``, or on ``days`` only.
+
+    A window may pass midnight and belongs to the day on which it begins. What still fails at its end is told then.
+    """
+
+    start: str  # "22:00"
+    end: str
+    zone: str = "UTC"
+    days: tuple[str, ...] = ()  # "Mon" … "Sun"
+    checks: tuple[str, ...] = ()  # names or prefixes of names; none: all
+
+
+class Alerts(Section, frozen=True):
+    """When a failing check is told, and how often."""
+
+    after: Count = 2  # failures in a row that open
+    clear: Count = 2  # successes in a row that close
+    remind_seconds: Positive = 6 * 3_600.0
+    group_seconds: Annotated[float, Meta(ge=0)] = 20.0  # an incident waits so long for what else fails with it
+    flap_changes: Count = 6  # openings within flap_seconds from which a check stays open until it is steady
+    flap_seconds: Positive = 3_600.0
+    rules: dict[str, Rule] = {}
+    maintenance: dict[str, Maintenance] = {}
+
+
+class Smtp(Section, frozen=True):
+    host: str | None = None  # None: no mail
+    port: Port = 587
+    security: Literal["starttls", "tls", "none"] = "starttls"
+    user: str | None = None
+    password: str | None = None
+    sender: str | None = None  # "MT5 <mt5@example.org>"; None: the first recipient
+    recipients: tuple[str, ...] = ()
+    ca_file: str | None = None  # of a server with a certificate of its own
+
+
+class Webhook(Section, frozen=True):
+    url: str | None = None  # gets each notice as JSON
+    secret: str | None = None  # signs it: X-MT5-Signature is the hex HMAC-SHA256 of the body
+
+
+class Telegram(Section, frozen=True):
+    token: str | None = None
+    chat: str | None = None
+    api: str = "https://api.telegram.org"
+
+
+class Notify(Section, frozen=True):
+    """Who is told. A notice stays in the outbox until every sender has taken it."""
+
+    smtp: Smtp = Smtp()
+    webhook: Webhook = Webhook()
+    telegram: Telegram = Telegram()
+    ping_url: str | None = None  # a dead man's switch: asked by GET while the monitor works and the mail leaves
+    ping_seconds: Positive = 60.0
+    keep_days: Count = 30  # how long sent notices stay in the outbox
+
+
+class Backup(Section, frozen=True):
+    schedule: str | None = None  # "HH:MM" UTC every day, or "Sat HH:MM"; None: only on request, or by its systemd timer
+    target: str | None = None  # user@host:/folder or a local folder, beside home/backups; None: there only
+    daily: Count = 7  # newest backups of that many days, …
+    weekly: Count = 4  # … weeks …
+    monthly: Count = 12  # … and months are kept, …
+    verified: Count = 3  # … and never fewer than so many that were verified
+    data: tuple[str, ...] = ()  # folders that belong to it: Grafana's, Prometheus', Loki's
+    recipient: str | None = None  # an age public key (age1…): what is shipped is encrypted to it
+    identity: str | None = None  # the file with its secret key, for verify and restore
+    ssh_key: str | None = None  # file; None: the user's own keys and agent
+    known_hosts: str | None = None  # file; None: the user's own; a host that is not in it is refused
+    drill: str | None = None  # when the newest backup is restored for practice
+    postgres_bins: dict[str, str] = {}  # PostgreSQL's programs by major version; `up` finds those that are installed
+
+
 class Symbol(Section, frozen=True):
     point: float | None = None
     spread: float | None = None  # points, where the feed's spread is unknown (0)
@@ -136,10 +247,23 @@ class Settings(Section, frozen=True):
     trainer: Trainer = Trainer()
     models: Models = Models()
     scorer: Scorer = Scorer()
+    health: Health = Health()
+    alerts: Alerts = Alerts()
+    notify: Notify = Notify()
+    backup: Backup = Backup()
     symbols: dict[str, Symbol] = {}
     clock: dict[str, Clock] = {}  # by source
     log: Log = Log()
 
 
 # Never printed: `settings` shows these as "***", and URLs lose their password.
-SECRETS: Final[frozenset[str]] = frozenset({"gateway.api_keys"})
+SECRETS: Final[frozenset[str]] = frozenset(
+    {
+        "gateway.api_keys",
+        "notify.smtp.password",
+        "notify.webhook.url",  # often holds a token
+        "notify.webhook.secret",
+        "notify.telegram.token",
+        "notify.ping_url",
+    }
+)

@@ -93,7 +93,8 @@ def test_with_given_servers_the_doctor_asks_the_actors_too(system: System, make:
         wait_until(lambda: "a standby waits" in findings(other)["features"]["seen"], 60, "a standby")
         found = findings(other)
         assert {
-            found[name]["state"] for name in ("collector", "features", "emitter", "recorder", "trainer", "scorer")
+            found[name]["state"]
+            for name in ("collector", "features", "emitter", "recorder", "trainer", "scorer", "health", "backup")
         } == {"ok"}
         assert found["gateway"]["state"] == "note", "there is none on the port that these settings name"
         # The standby's own process is a part of the scrape as well, under a name of its own.
@@ -108,7 +109,10 @@ def test_with_given_servers_the_doctor_asks_the_actors_too(system: System, make:
 def test_isolated_actors_are_processes_of_their_own(make: Make) -> None:
     system = make()
     system.start("up", "--isolate")
-    all_are(system, dict.fromkeys(("collector", "features", "emitter", "recorder", "trainer", "scorer"), 1))
+    all_are(
+        system,
+        dict.fromkeys(("collector", "features", "emitter", "recorder", "trainer", "scorer", "health", "backup"), 1),
+    )
     wait_until(lambda: system.get("/health")["status"] == "ok", 20, "health is ok")
     wait_until(lambda: scrape(system)["mt5_owner"].of(process="features", actor="features") == [1], 10, "its owner")
     # Only the actor dies: its process is started again, and until then it is missing.

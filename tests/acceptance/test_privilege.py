@@ -14,8 +14,8 @@ from tests.system import System
 
 pytestmark = pytest.mark.timeout(120)
 
-ACTORS = ("collector", "features", "emitter", "recorder", "trainer", "scorer")
-OWNED = ("features", "emitter", "recorder", "scorer")
+ACTORS = ("collector", "features", "emitter", "recorder", "trainer", "scorer", "health", "backup")
+OWNED = ("features", "emitter", "recorder", "scorer", "health", "backup")
 
 # What each may publish; nobody else may.
 OWNERS = {

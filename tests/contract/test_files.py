@@ -25,7 +25,7 @@ from deploy.server import free_port
 from tests.conftest import missing
 
 ROOT = Path(__file__).parents[2]
-ACTORS = {"collector", "features", "emitter", "recorder", "trainer", "scorer"}
+ACTORS = {"collector", "features", "emitter", "recorder", "trainer", "scorer", "health", "backup"}
 PASSWORDS = {f"MT5_NATS_{user.name.upper()}_PASSWORD": f"secret-of-{user.name}" for user in users()}
 
 
