@@ -25,11 +25,12 @@ from actors.core.ingest import digest_text
 from actors.core.serving import ModelRefused, ServedModel, makes_signal, signal_of
 from bus.client import BusUnavailable, Outgoing, outgoing
 from bus.consume import Delivery, Done, Outcome, Reader, StreamReplaced, consume, find, last_message
+from bus.fence import Fence
 from bus.subjects import CANDLE, CANDLES, FEATURES, FEATURES_AT, MODELS, RECEIVED_AT, SIGNAL_AGAIN, SIGNALS
 from bus.supervise import Context, run_tasks, serve
 from bus.telemetry import cursor_lag, cursor_lag_seconds, signal_seconds, signals_total, trace_headers
 from bus.topology import model_name
-from bus.writer import WRONG_LAST, Superseded, Writer
+from bus.writer import KnownId, Superseded, Writer, store_batch
 from schema.messages import FeatureBlock, FeatureRow, ModelEvent, ModelState, Signal
 
 READ_BACK: Final = 2_048  # signals read back at the start, and as many again until all of the newest message are read
@@ -73,12 +74,18 @@ class Emitter:
         )  # (id, candles_seq) published before this run began, near its resume point
         self._said_until = 0
         self._tail = ""  # the message id of the newest signal that SIGNALS must hold
-        self._out = Writer(self.bus, str(SIGNALS.stream), 0)
+        # A version serves from where its activation says, for whoever speaks: so nobody speaks or activates who was replaced.
+        self._fence = Fence(self.bus, str(SIGNALS.stream))
+        self._models_fence = Fence(self.bus, str(MODELS.stream))
+        self._out = Writer(self.bus, str(SIGNALS.stream), 0, self._fence)
         self._heard: dict[str, int] = {}  # model name → EVENTS sequence of the newest event of it that was read
         self._gate = asyncio.Lock()  # a batch of features, an activation and a repetition exclude each other
         self._artifacts = Artifacts(self.bus, ctx.settings)
 
     async def run(self) -> None:
+        # First of all: what is read from here on is all that anybody else has said and decided.
+        await self._fence.take()
+        await self._models_fence.take()
         self._log_end = (await self.bus.js.stream_info(str(CANDLES.stream))).state.last_seq
         resume = await self._read_back()
         start = await find(self.bus, FEATURES, resume)
@@ -120,9 +127,8 @@ class Emitter:
 
         Signals are written in order and by one process, so everything before it is whole.
         """
-        self._out = Writer(
-            self.bus, str(SIGNALS.stream), (await self.bus.js.stream_info(str(SIGNALS.stream))).state.last_seq
-        )
+        end = (await self.bus.js.stream_info(str(SIGNALS.stream))).state.last_seq
+        self._out = Writer(self.bus, str(SIGNALS.stream), end, self._fence)
         tail = await last_message(self.bus, SIGNALS)
         if tail is None:
             return 1
@@ -259,7 +265,7 @@ class Emitter:
         await self._record(message)
 
     async def _record(self, message: Outgoing) -> None:
-        """Stores the answer on the condition that no other process has answered for that model meanwhile.
+        """Stores the answer on the condition that no other process has answered for that model, or taken over, meanwhile.
 
         What a trainer writes in between is answered in its turn.
         """
@@ -275,16 +281,26 @@ class Emitter:
                     if event.event in ANSWERS:
                         raise Superseded(f"{event.version} of {name} was {event.event} by another process.")
                     at = seq
-                ack = await self.bus.store(message, subject_at=at)
-                self._heard[name] = max(self._heard.get(name, 0), int(ack.seq))
+                if not await self._models_fence.stands():
+                    raise Superseded(f"Another process answers for {name} now.")
+                marker = self._models_fence.marker()
+                last = await store_batch(
+                    self.bus,
+                    secrets.token_hex(8),
+                    [
+                        (message, message.wire_headers(subject_at=at)),
+                        (marker, marker.wire_headers(subject_at=self._models_fence.seq)),
+                    ],
+                )
+                self._models_fence.moved(last)
+                self._heard[name] = max(self._heard.get(name, 0), last - 1)
                 return
-            except APIError as error:
-                if error.err_code not in WRONG_LAST:
-                    raise
-            except (BusUnavailable, TimeoutError) as error:
+            except (BusUnavailable, TimeoutError, KnownId) as error:
                 if time.monotonic() > deadline:
                     raise
-                self.log.warning("the answer is tried again", action="emitter.answer", error=str(error))
+                self.log.warning(
+                    "the answer is tried again", action="emitter.answer", error=str(error) or type(error).__name__
+                )
                 await asyncio.sleep(ANSWER_PAUSE)
 
     async def _events_after(self, subject: str, seq: int) -> AsyncIterator[tuple[int, str, ModelEvent]]:

@@ -31,6 +31,7 @@ RECONNECT_WAIT: Final = 0.2
 CLOSED_EVERY: Final = 0.2  # seconds between two looks whether nats-py has given the connection up
 RETRY_EVERY: Final = 0.25  # seconds between tries of an unacknowledged publish
 STREAM_FULL: Final = frozenset({10047, 10077, 10023, 10028})  # err_codes that mean: no room now
+OF_SUBJECT: Final = "Nats-Expected-Last-Subject-Sequence-Subject"  # nats-py has no name for it
 NO_MESSAGE: Final = 10037  # err_code: the stream is there, and has no such message
 OUT_OF_ORDER: Final = 10070  # err_code: the stream's last message is not the expected one
 
@@ -66,14 +67,18 @@ class Outgoing:
     stream: str
     headers: Mapping[str, str] = field(default_factory=dict)
 
-    def wire_headers(self, after: Outgoing | None = None, subject_at: int | None = None) -> dict[str, str]:
+    def wire_headers(
+        self, after: Outgoing | None = None, subject_at: int | None = None, of: str | None = None
+    ) -> dict[str, str]:
         """``after``: the stream takes this message only where its last one is that one (or has both).
 
-        ``subject_at``: only where the last message of the subject has that sequence.
+        ``subject_at``: only where the last message of the subject (or of the subject ``of``) has that sequence.
         """
         headers = {**self.headers, Header.MSG_ID.value: self.msg_id, Header.EXPECTED_STREAM.value: self.stream}
         if subject_at is not None:
             headers[Header.EXPECTED_LAST_SUBJECT_SEQUENCE.value] = str(subject_at)
+            if of is not None:
+                headers[OF_SUBJECT] = of
         if after is not None and after.stream == self.stream:
             headers[Header.EXPECTED_LAST_MSG_ID.value] = after.msg_id
         return headers
@@ -207,10 +212,18 @@ class Bus:
         ack = await self.store(outgoing(channel, message, *tokens, msg_id=msg_id, headers=headers))
         return int(ack.seq)
 
-    async def store(self, message: Outgoing, timeout: float | None = None, *, subject_at: int | None = None) -> PubAck:
+    async def store(
+        self,
+        message: Outgoing,
+        timeout: float | None = None,
+        *,
+        subject_at: int | None = None,
+        of: str | None = None,
+    ) -> PubAck:
         """:meth:`publish` for a message that is already encoded; a duplicate is an acknowledgement too.
 
-        ``subject_at``: only where the subject's last message has this sequence (0: none), else APIError.
+        ``subject_at``: only where the last message of the subject (or of the subject ``of``) has this sequence (0: none),
+        else APIError.
         """
         if not self.nc.is_connected:
             # nats-py would buffer it and may still store it after the reconnect: say "unknown" at once instead.
@@ -220,7 +233,7 @@ class Bus:
                 message.subject,
                 message.payload,
                 timeout=timeout or self.settings.publish_timeout,
-                headers=message.wire_headers(subject_at=subject_at),
+                headers=message.wire_headers(subject_at=subject_at, of=of),
             )
         except APIError as error:
             if passing(error):

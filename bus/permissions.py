@@ -34,6 +34,7 @@ from bus.subjects import (
     Channel,
     bucket_stream,
     bucket_subject,
+    fence_subject,
     metrics_of,
     owner_consumer,
     status_of,
@@ -129,7 +130,9 @@ _PUBLISH: Final[dict[str, tuple[str, ...]]] = {
     ),
     "emitter": (
         SIGNALS.wildcard,
+        fence_subject(_name(SIGNALS)),
         *_MODELS,
+        fence_subject(_name(MODELS)),
         *_read(_name(FEATURES)),
         *_read(_name(SIGNALS)),
         *_read(_name(MODELS)),

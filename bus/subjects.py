@@ -138,6 +138,11 @@ def metrics_of(actor: str) -> str:
     return f"metrics.{actor}"
 
 
+def fence_subject(stream: str) -> str:
+    """Where a stream keeps who writes it (`bus/fence.py`)."""
+    return f"fence.{stream}"
+
+
 def bucket_stream(bucket: str) -> str:
     """The stream that JetStream keeps a key-value bucket in."""
     return f"KV_{bucket}"

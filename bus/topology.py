@@ -32,6 +32,7 @@ from bus.subjects import (
     SIGNALS,
     bucket_stream,
     bucket_subject,
+    fence_subject,
 )
 from schema.settings import Streams
 from schema.timeframes import TIMEFRAMES
@@ -116,7 +117,7 @@ def wanted(streams: Streams) -> list[StreamConfig]:
         ),
         _stream(
             str(SIGNALS.stream),
-            [SIGNALS.wildcard],
+            [SIGNALS.wildcard, fence_subject(str(SIGNALS.stream))],
             max_age=DERIVED_MAX_AGE,
             max_bytes=streams.derived_max_bytes,
             allow_atomic=True,
@@ -125,7 +126,11 @@ def wanted(streams: Streams) -> list[StreamConfig]:
             str(MODELS.stream),
             # Each model by name: models.promote and models.rollback are requests, which a stream must not answer.
             [MODELS.subject(model_name(timeframe)) for timeframe in TIMEFRAMES]
+<<<<<<< HEAD
             + [ALERTS.wildcard, BACKUPS.wildcard, OUTCOMES.wildcard],
+=======
+            + ["alerts.>", "backups.>", OUTCOMES.wildcard, fence_subject(str(MODELS.stream))],
+>>>>>>> main
             # Outcomes come by the million, and must not push the models' lives out of the stream.
             max_msgs_per_subject=EVENTS_PER_SUBJECT,
             allow_atomic=True,  # the scorer's outcomes, many at once after a replay

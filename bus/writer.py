@@ -5,6 +5,9 @@ unconditionally: each names the sequence of its subject's last message as this w
 (``Nats-Expected-Last-Subject-Sequence``), and the server refuses it where another one stands there. The condition is by
 subject, so that several processes may share a stream by series.
 
+Where what is written depends on more than its subject, a fence (`bus/fence.py`) takes the condition's place: a message
+that goes alone names the fence, a batch names it once beside its subjects.
+
 Nothing overtakes: a few messages go one after the other, many as one atomic batch, which is stored whole or not at all.
 """
 
@@ -25,6 +28,7 @@ from nats.js.api import Header
 from nats.js.errors import APIError, NotFoundError
 
 from bus.client import NO_MESSAGE, Bus, BusUnavailable, Outgoing, passing
+from bus.fence import Fence
 
 log = structlog.get_logger(__name__)
 
@@ -50,13 +54,14 @@ class Superseded(Exception):
 class Writer:
     """Writes one stream from where ``end`` says that it ended when its owner looked.
 
-    Whatever stands behind ``end`` and was not written here is somebody else's.
+    Whatever stands behind ``end`` and was not written here is somebody else's. A ``fence`` was taken before ``end``.
     """
 
-    def __init__(self, bus: Bus, stream: str, end: int) -> None:
+    def __init__(self, bus: Bus, stream: str, end: int, fence: Fence | None = None) -> None:
         self._bus = bus
         self._stream = stream
         self._end = end
+        self._fence = fence
         self._last: dict[str, int] = {}  # subject → sequence of its last message; a dozen bytes a series
         self._open: dict[str, set[str]] = {}  # subject → ids that were sent and not acknowledged: stored or not
         self._name = secrets.token_hex(4)
@@ -79,6 +84,8 @@ class Writer:
         unsure = single = False  # an answer is missing or was a refusal: what stands in the stream decides
         while left:
             try:
+                if self._fence is not None:
+                    await self._fence.keep()
                 if unsure:
                     left, unsure = await self._settle(left), False
                     continue
@@ -89,7 +96,7 @@ class Writer:
                     await self._batch(left)
                     left = []
                 pause = RETRY_FIRST
-            except _KnownId:
+            except KnownId:
                 unsure = single = True  # one of them is stored already, or was: each is asked for by itself
             except BusUnavailable as error:
                 unsure = True
@@ -125,6 +132,8 @@ class Writer:
 
     async def _settle(self, messages: list[Outgoing]) -> list[Outgoing]:
         """Those of ``messages`` that are not stored yet."""
+        if self._fence is not None and not await self._fence.stands():
+            raise Superseded(f"Another process writes {self._stream} now.")
         ids: dict[str, list[str]] = {}
         for message in messages:
             ids.setdefault(message.subject, []).append(message.msg_id)
@@ -158,7 +167,10 @@ class Writer:
         """Sends one message; returns what is left of it to send."""
         self._open.setdefault(message.subject, set()).add(message.msg_id)
         try:
-            ack = await self._bus.store(message, subject_at=self._last[message.subject])
+            if self._fence is not None:
+                ack = await self._bus.store(message, subject_at=self._fence.seq, of=self._fence.subject)
+            else:
+                ack = await self._bus.store(message, subject_at=self._last[message.subject])
         except APIError as error:
             if error.err_code in WRONG_LAST:
                 raise BusUnavailable(f"{message.subject}: {error.description}.") from error
@@ -169,6 +181,7 @@ class Writer:
         # The server knows the id. Where the message still stands it is stored; where the stream lost it, it goes out under
         # another id, which its condition allows: ids are for those who have no condition.
         if await self._stands(int(ack.seq), message.msg_id):
+            self._stands_at(message.subject, int(ack.seq))
             return []
         return [replace(message, msg_id=f"{message.msg_id}:{self._name}")]
 
@@ -184,42 +197,57 @@ class Writer:
         return bool((raw.headers or {}).get(Header.MSG_ID.value, "") == msg_id)
 
     async def _batch(self, messages: Sequence[Outgoing]) -> None:
-        if not self._bus.connected:
-            raise BusUnavailable("NATS is not connected.")
-        batch = f"{self._name}-{next(self._numbers)}"
         for subject, msg_id in {m.subject: m.msg_id for m in messages}.items():  # of each subject the last
             self._open.setdefault(subject, set()).add(msg_id)
         met: set[str] = set()
-        try:
-            for number, message in enumerate(messages, start=1):
-                # Of each subject the first: the rest of the batch follows it anyway.
-                at = None if message.subject in met else self._last[message.subject]
-                met.add(message.subject)
+        batch: list[tuple[Outgoing, dict[str, str]]] = []
+        for message in messages:
+            # Of each subject the first: the rest of the batch follows it anyway.
+            at = None if message.subject in met else self._last[message.subject]
+            met.add(message.subject)
+            if not batch and self._fence is not None:
+                headers = message.wire_headers(subject_at=self._fence.seq, of=self._fence.subject)
+            else:
                 headers = message.wire_headers(subject_at=at)
-                headers |= {"Nats-Batch-Id": batch, "Nats-Batch-Sequence": str(number)}
-                if number < len(messages):
-                    await self._bus.nc.publish(message.subject, message.payload, headers=headers)
-            headers["Nats-Batch-Commit"] = "1"
-            reply = await self._bus.nc.request(message.subject, message.payload, timeout=ATOMIC_WAIT, headers=headers)
-        except (NatsError, TimeoutError, OSError) as error:
-            raise BusUnavailable(f"NATS did not acknowledge a batch in time ({type(error).__name__}).") from error
-        answer = _ANSWER.decode(reply.data) if reply.data else _Answer()
-        if answer.error is not None:
-            code = answer.error.err_code
-            if code == CONTAINS_DUPLICATE:
-                raise _KnownId
-            refusal = APIError(code=answer.error.code, err_code=code, description=answer.error.description)
-            if code in WRONG_LAST or code in NO_BATCH_NOW or passing(refusal):
-                raise BusUnavailable(f"NATS refused a batch: {answer.error.description}.")
-            raise refusal
-        if answer.count != len(messages):
-            raise BusUnavailable(f"a batch of {len(messages)} was acknowledged as {answer.count}.")
-        first = answer.seq - len(messages) + 1
-        for seq, message in enumerate(messages, start=first):
+            batch.append((message, headers))
+        last = await store_batch(self._bus, f"{self._name}-{next(self._numbers)}", batch)
+        for seq, message in enumerate(messages, start=last - len(messages) + 1):
             self._stands_at(message.subject, seq)
 
 
-class _KnownId(Exception):
+async def store_batch(bus: Bus, name: str, batch: Sequence[tuple[Outgoing, dict[str, str]]]) -> int:
+    """Stores messages with these headers as one atomic batch, whole or not at all; returns the last one's sequence.
+
+    Raises:
+        KnownId: one of the ids is stored already.
+        BusUnavailable: refused by a condition or for now, or not acknowledged in time: whether it stands is unknown.
+    """
+    if not bus.connected:
+        raise BusUnavailable("NATS is not connected.")
+    try:
+        for number, (message, headers) in enumerate(batch, start=1):
+            headers = headers | {"Nats-Batch-Id": name, "Nats-Batch-Sequence": str(number)}
+            if number < len(batch):
+                await bus.nc.publish(message.subject, message.payload, headers=headers)
+        headers["Nats-Batch-Commit"] = "1"
+        reply = await bus.nc.request(message.subject, message.payload, timeout=ATOMIC_WAIT, headers=headers)
+    except (NatsError, TimeoutError, OSError) as error:
+        raise BusUnavailable(f"NATS did not acknowledge a batch in time ({type(error).__name__}).") from error
+    answer = _ANSWER.decode(reply.data) if reply.data else _Answer()
+    if answer.error is not None:
+        code = answer.error.err_code
+        if code == CONTAINS_DUPLICATE:
+            raise KnownId
+        refusal = APIError(code=answer.error.code, err_code=code, description=answer.error.description)
+        if code in WRONG_LAST or code in NO_BATCH_NOW or passing(refusal):
+            raise BusUnavailable(f"NATS refused a batch: {answer.error.description}.")
+        raise refusal
+    if answer.count != len(batch):
+        raise BusUnavailable(f"a batch of {len(batch)} was acknowledged as {answer.count}.")
+    return answer.seq
+
+
+class KnownId(Exception):
     """The server knows the id of a message of the batch."""
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from nats.js.errors import NotFoundError
 
 from actors.core.series import Origin
 from bus.client import Bus, outgoing
-from bus.consume import Reader
+from bus.consume import Delivery, Reader
 from bus.subjects import CANDLES, Channel
 from bus.supervise import Actor, run_actors
 from schema.messages import Candle, CandleBlock, FeatureRow
@@ -119,6 +120,19 @@ async def read_until(
     ):
         while not enough(out):
             out.append((await reader.next()).message)
+    return out
+
+
+async def kept(bus: Bus, channel: Channel[Any]) -> list[Delivery[Any]]:
+    """All that a channel's stream holds of it now, with headers and sequences."""
+    try:
+        last = (await bus.js.get_last_msg(str(channel.stream), channel.wildcard)).seq or 0
+    except NotFoundError:
+        return []
+    out: list[Delivery[Any]] = []
+    async with asyncio.timeout(30), Reader(bus, channel, name=f"test-kept-{id(out)}", start=1) as reader:
+        while not out or out[-1].stream_seq < last:
+            out.append(await reader.next())
     return out
 
 

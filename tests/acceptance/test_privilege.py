@@ -26,6 +26,8 @@ OWNERS = {
     "$KV.feature_state.M1.EURUSD": {"features"},
     "signals.M1.EURUSD": {"emitter"},
     "models.rf_m1": {"emitter", "trainer"},
+    "fence.SIGNALS": {"emitter"},
+    "fence.EVENTS": {"emitter"},
     "$O.models.M.x": {"trainer"},
     "$O.models.C.x": {"trainer"},
     **{f"rejects.{actor}": {actor} for actor in ACTORS if actor != "collector"},

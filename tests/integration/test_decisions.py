@@ -26,7 +26,7 @@ from bus.supervise import Context
 from schema.messages import ModelEvent, ModelState
 from schema.settings import Models, Settings
 from tests import models
-from tests.builders import read_until, running
+from tests.builders import kept, read_until, running
 from tests.servers import ROOT
 from tests.system import environment
 
@@ -82,8 +82,7 @@ async def served(bus: Bus, version: str, seed: int, state: ModelState) -> None:
 
 
 async def events(bus: Bus) -> list[tuple[str, str, str, str]]:
-    last = int((await bus.js.get_last_msg("EVENTS", MODELS.wildcard)).seq or 0)
-    found = await read_until(bus, MODELS, lambda heard: len(heard) >= last)
+    found = [delivery.message for delivery in await kept(bus, MODELS)]
     return [(e.event, e.version, e.state, e.by) for e in found]
 
 

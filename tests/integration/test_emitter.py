@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 
 import msgspec
+import pytest
+import structlog
 
 from actors.core.manifest import ONNX_FILE
 from actors.core.series import SeriesState, append
@@ -15,10 +20,12 @@ from bus import topology
 from bus.client import Bus
 from bus.status import judge, statuses
 from bus.subjects import FEATURES, MODEL_FILES, MODELS, SIGNALS
+from bus.supervise import Context
+from bus.writer import Superseded
 from deploy.embedded import NatsServer
 from schema.messages import ModelEvent, Signal
 from schema.settings import Streams
-from tests.builders import LIVE, put, read_until, running, walk
+from tests.builders import LIVE, TRUSTING, put, read_until, running, walk
 from tests.models import changed, files, manifest_of, release, store
 
 BOTH = (Features, Emitter)
@@ -246,3 +253,50 @@ async def test_no_version_serves_from_before_the_end_of_the_log_that_the_emitter
     async with running(Emitter, nats_url=nats_url):  # the features are made again later
         event = await answer(bus, await release(bus, files()))
     assert (event.event, event.from_seq) == ("activated", last + 1)
+
+
+@contextlib.asynccontextmanager
+async def emitting(nats_url: str) -> AsyncIterator[asyncio.Task[None]]:
+    """An emitter that asks nobody whether it may work: so does a process that was stopped, replaced, and goes on."""
+    own = await Bus.connect(nats_url, name="emitter")
+    ready = asyncio.Event()
+    context = Context(TRUSTING, own, None, ready.set, structlog.get_logger("test"))
+    task = asyncio.create_task(Emitter(context).run(), name="emitter")
+    try:
+        async with asyncio.timeout(20):
+            await ready.wait()
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await own.close()
+
+
+async def test_who_was_replaced_says_nothing_more_and_decides_nothing(bus: Bus, nats_url: str) -> None:
+    """Not even of a series that its successor has not spoken of yet, nor of a model that nobody has answered for."""
+    symbols = tuple(f"S{i}" for i in range(6))
+    rows = {symbol: walk(312, seed=i) for i, symbol in enumerate(symbols)}
+    async with running(Features, nats_url=nats_url), contextlib.AsyncExitStack() as stack:
+        for symbol, bars in rows.items():
+            await put(bus, bars[:306], symbol=symbol, history=True)
+        before = await stack.enter_async_context(emitting(nats_url))
+        for number, symbol in enumerate(symbols, start=1):
+            owner = await stack.enter_async_context(emitting(nats_url))
+            if number % 2:
+                await put(bus, rows[symbol][306:307], symbol=symbol)
+                await signals(bus, number)
+            else:
+                answered = await answer(bus, await release(bus, files(number // 2, symbols)))
+                assert answered.event == "activated"
+                await put(bus, rows[symbol][306:307], symbol=symbol)
+                await signals(bus, number)
+            with pytest.raises(Superseded):
+                await asyncio.wait_for(asyncio.shield(before), 20)
+            assert not owner.done()
+            before = owner
+        said = await signals(bus, len(symbols))
+    events = await read_until(bus, MODELS, lambda found: sum(e.event == "activated" for e in found) == 3)
+    activated = [(event.from_seq or 0, event.version) for event in events if event.event == "activated"]
+    assert [(s.symbol, s.candles_seq) for s in said] == [(s.symbol, s.candles_seq) for s in said if s.symbol in symbols]
+    for one in said:
+        assert one.model_version == next((v for seq, v in reversed(activated) if seq <= one.candles_seq), None)

@@ -25,14 +25,27 @@ import structlog
 from actors.artifacts import Artifacts
 from actors.audit import Audit, Auditor, Checked
 from actors.core.manifest import MANIFEST_FILE, ONNX_FILE, SIGNATURE_FILE
+from actors.core.verdicts import Verdict
 from actors.emitter import Emitter
 from actors.features import Features
 from actors.recorder import Recorder
+from actors.trainer import Trainer
 from bus.audit import Streams
 from bus.client import Bus
 from bus.consume import last_message
 from bus.store import Store
-from bus.subjects import ALERTS, CANDLES, FEATURE_STATE, FEATURES, MODELS, SIGNALS, bucket_stream
+from bus.subjects import (
+    ALERTS,
+    CANDLES,
+    FEATURE_STATE,
+    FEATURES,
+    MODELS,
+    PROMOTE,
+    ROLLBACK,
+    SIGNALS,
+    TRAIN,
+    bucket_stream,
+)
 from bus.supervise import Context
 from bus.telemetry import audited_total
 from commands.series import move
@@ -40,8 +53,9 @@ from schema.messages import Candle
 from schema.settings import Features as FeatureSettings
 from schema.settings import Recorder as RecorderSettings
 from schema.settings import Scorer, Settings
+from schema.settings import Trainer as TrainerSettings
 from tests.builders import PUBLIC_KEY_FILE, TRUSTING, block, put, read_until, running
-from tests.models import changed, files, release
+from tests.models import changed, files, release, trust
 from tests.servers import ROOT
 from tests.system import read_file
 
@@ -52,6 +66,7 @@ SETTINGS = Settings(
     recorder=RecorderSettings(linger=0.01),
     models=TRUSTING.models,
     scorer=Scorer(audit_sample=40),
+    trainer=TrainerSettings(min_rows=600, trees=12, folds=2),
 )
 SYMBOLS = ("EURUSD", "GBPUSD")
 MINUTE = timedelta(minutes=1)
@@ -119,14 +134,23 @@ class Life:
         )
         return version
 
+    async def ask(self, subject: str, **request: Any) -> Verdict:
+        """What the trainer says to a request, which must succeed."""
+        answer = await self.bus.request(subject, msgspec.json.encode(request), timeout=100)
+        verdict = msgspec.json.decode(answer, type=Verdict)
+        assert verdict.ok, verdict.message
+        return verdict
+
     async def until(self, sql: str, *values: Any) -> None:
         deadline = time.monotonic() + 30
         while not await self.archive.fetchval(sql, *values):
             assert time.monotonic() < deadline, sql
 
 
-async def live(life: Life, nats_url: str, pg_url: str, store: Store) -> None:
-    """A life of some 5,000 signals: restarts, promotion, rollback, revised, late, withdrawn, deferred and renamed bars."""
+async def live(life: Life, nats_url: str, pg_url: str, store: Store, home: Path) -> None:
+    """A life of some 5,000 signals: restarts, trainings, promotions, a rollback, revised, late, withdrawn, deferred and
+    renamed bars.
+    """
     eur, gbp = life.eur, life.gbp
     first = files(1, SYMBOLS)
     # A threshold that every probability passes one way or the other, so that labels come of it.
@@ -176,8 +200,31 @@ async def live(life: Life, nats_url: str, pg_url: str, store: Store) -> None:
         await move(life.bus, store, "GBPUSD", "GBPUSD.m", "M1")
         await life.put(gbp[1300:1400], "GBPUSD.m", 1)
         await life.settle(gbp[1400], "GBPUSD.m")
-        await life.put(eur[1301:2000])
+        await life.put(eur[1301:1400])
+        await life.settle(eur[1400])
+    # The trainer's own versions: made beside the feed, promoted by hand, rolled back, and made once more.
+    trust(home)
+    servers["settings"] = msgspec.structs.replace(SETTINGS, home=str(home))
+    async with running(*three, Trainer, **servers):
+        retrained = await life.ask(TRAIN, timeframe="M1", seed=3)
+        await life.put(eur[1401:1500], size=3)
+        promoted = await life.ask(PROMOTE, version=retrained.version, reason="to be seen")
+        assert (promoted.version, promoted.serving) == (retrained.version, True)
+        await life.put(eur[1500:1650], size=7)
+        await life.put([other(eur[1495]), other(eur[1510])])  # a bar of before the promotion, and one of after it
+        back = await life.ask(ROLLBACK, reason="seen")
+        assert back.serving
+        assert back.version != retrained.version
+        await life.put(eur[1650:1799], size=1)
+        await life.settle(eur[1799])
+        await life.ask(TRAIN, timeframe="M1", seed=4)
+        await life.put(eur[1800:1900])
+        await life.settle(eur[1900])
+    async with running(*three, **servers):
+        await life.put(eur[1901:2000])
         await life.settle(eur[2000])
+    said = {row[0] for row in await life.archive.fetch("SELECT DISTINCT model_version FROM model_signals")}
+    assert retrained.version in said
 
 
 def audit(store: Store, bus: Bus) -> Audit:
@@ -191,12 +238,19 @@ async def everything(store: Store, bus: Bus) -> list[Checked]:
 
 @pytest.mark.parametrize("count", [MUTATIONS_IN_CI, pytest.param(MUTATIONS, marks=pytest.mark.torture)])
 async def test_every_signal_of_a_hard_life_is_made_again_and_every_change_is_found(
-    bus: Bus, nats_url: str, pg_url: str, archive: asyncpg.Connection, store: Store, data: Path, count: int
+    bus: Bus,
+    nats_url: str,
+    pg_url: str,
+    archive: asyncpg.Connection,
+    store: Store,
+    data: Path,
+    tmp_path: Path,
+    count: int,
 ) -> None:
     life = Life(
         bus, archive, candles(data / "EURUSD_M1_202502.csv", 2_001), candles(data / "GBPUSD_M1_201202.csv", 1_401)
     )
-    await live(life, nats_url, pg_url, store)
+    await live(life, nats_url, pg_url, store, tmp_path)
     began = time.perf_counter()
     checked = await everything(store, bus)
     took = time.perf_counter() - began

@@ -37,7 +37,7 @@ from schema.settings import Settings, Symbol
 from schema.settings import Trainer as TrainerSettings
 from tests import oracles_ml
 from tests.archive import archive_bars
-from tests.builders import read_until, running
+from tests.builders import kept, read_until, running
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -184,7 +184,7 @@ async def test_a_models_life(bus: Bus, nats_url: str, pg_url: str, store: Store,
         ("released", first.version, "hand"),
         ("activated", first.version, "emitter"),
     ]
-    traces = [(await bus.js.get_msg("EVENTS", seq=seq)).headers or {} for seq in range(1, 8)]
+    traces = [delivery.headers for delivery in await kept(bus, MODELS)]
     ids = [headers["traceparent"].split("-")[1] for headers in traces]
     assert ids[0] == ids[1] != ids[2], "an activation goes on with the trace of its release"
 

@@ -32,9 +32,7 @@ SHORT: Final = Plan(
     frozen={"features": (3.0,), "nats-server": (3.0,), "postgres": (3.0,)},
     stand_ins=(("features", "emitter", "recorder"),),
     tails=(("FEATURES", "SIGNALS"),),
-    # A model released while everything is busy: signals of later candles are then found without it (issue C, open). The
-    # long version swaps models; here they come back with the mending of that.
-    models=0,
+    models=2,
 )
 FULL: Final = Plan(
     actors=26,
