@@ -5,7 +5,7 @@ The life of an incident::
     a check fails `after` times ──▶ waits `group_seconds` for what fails with it ──▶ opened ──▶ escalated, reminder … ──▶ closed
                                       │ over before that, or held back by a window: never told
 
-A check that opens joins the incident of what explains it (:data:`CAUSES`) and is not told by itself; else the open incident of
+A check that opens joins the incident of what explains it (:mod:`actors.core.causes`) and is not told by itself; else the open incident of
 its kind; else it begins one. What is told are *news*: failing checks that nothing explains, that no window holds back and
 that nobody knows of yet. Only failing checks and recent openings are remembered, so that the state of a healthy system is
 nearly empty.
@@ -14,18 +14,18 @@ nearly empty.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Final, NamedTuple
 
 from msgspec import Struct
 from msgspec.structs import replace
 
+from actors.core.causes import explaining, group_of, near
 from actors.core.windows import is_within, muted
 from schema.health import SEVERITIES, CheckResult, Kind, Notice, Severity, UtcTime
 from schema.messages import Alert
 from schema.settings import Alerts
-from schema.timeframes import TIMEFRAMES
 
 EVENT: Final = "event"  # checks of this kind are alerts that other actors have sent
 
@@ -45,55 +45,14 @@ UNJUDGED: Final = 7 * 86_400.0
 LONGEST_STEP: Final = 300.0
 
 MOST_OF_A_KIND: Final = 2_000  # failing checks of a kind that are followed; more add nothing that a person could read
+MOST_WATCHED: Final = 20_000
 MOST_NAMED: Final = 100  # checks that an incident names
 MOST_SHOWN: Final = 20  # lines of a notice about single checks
 MOST_OPENINGS: Final = 1_000
 TEXT: Final = 500  # characters of a check's message
 NAME: Final = 200
 
-# What a check depends on. While one of these is open and no less severe, the check joins its incident and is not told by
-# itself. A name with a dot at its end means every check below it, `*` what follows that dot, and `container:nats` any
-# container with that word in its name. There must be no circle, NEAR included: something has to be told.
-#
-# Not in it: feeds do not need the database, certificates, containers, runners and disks need nothing here, and an alert
-# of another actor says what has happened already.
-Needs = tuple[tuple[str, tuple[str, ...]], ...]
-CAUSES: Final[Needs] = (
-    ("database.", ("database",)),
-    ("database", ("container:postgres", "container:timescaledb")),
-    ("pgbouncer", ("database", "container:pgbouncer")),
-    ("nats.lag.", ("nats", "actor.*")),
-    ("nats.lag.recorder", ("database",)),
-    ("nats.lag.scorer", ("database", "actor.recorder", "nats.lag.recorder")),
-    ("nats.stream.", ("nats",)),
-    ("nats.publish", ("nats", "nats.store")),
-    ("nats.store", ("nats",)),
-    ("nats", ("container:nats",)),
-    ("actor.", ("nats", "container:*")),
-    ("actor.backup", ("database", "pgbouncer")),
-    ("actor.recorder", ("database", "pgbouncer")),
-    ("actor.scorer", ("database", "pgbouncer")),
-    ("actor.trainer", ("database", "pgbouncer")),
-    ("endpoint.", ("actor.collector", "nats", "nats.publish", "database", "pgbouncer")),
-    ("feed.", ("actor.collector", "nats", "nats.publish", "nats.stream.CANDLES")),
-    ("model.", ("database", "nats")),
-    ("backup.", ("actor.backup", "database")),
-)
-# What may be behind it and need not: the check joins the incident and is told all the same. A disk can be nearly full for
-# weeks before a database dies of something else, and the collector is to work without one.
-NEAR: Final[Needs] = (
-    ("database", ("disk.home",)),
-    ("nats", ("disk.home",)),
-    ("nats.publish", ("disk.home",)),
-    ("nats.store", ("disk.home",)),
-    ("actor.collector", ("database", "pgbouncer", "nats.publish")),
-    ("backup.", ("disk.home",)),
-)
-
-# Kinds whose members are about things of their own: two tokens make the group.
-_WIDE_KINDS: Final = ("event.", "nats.lag.", "nats.stream.")
 _UNFIT: Final = re.compile(r"[^A-Za-z0-9.-]+")
-_PIECES: Final = re.compile(r"[-_.]")
 
 
 # --- state -------------------------------------------------------------------------------------------------------
@@ -220,29 +179,6 @@ def tell(alert: Alert, now: datetime) -> CheckResult | None:
     )
 
 
-def causes(check: str, table: Needs = CAUSES) -> Iterator[str]:
-    """What may explain that ``check`` fails: names of checks, or ``container:<word>`` for any container with that word."""
-    for dependent, names in table:
-        below = dependent.endswith(".")
-        if check == dependent or (below and check.startswith(dependent)):
-            rest = check[len(dependent) :] if below else ""
-            for name in names:
-                yield name.replace("*", rest)
-    if table is NEAR:
-        return
-    kind, _, series = check.partition(".")
-    timeframe, _, symbol = series.partition(".")
-    if kind == "feed" and timeframe in TIMEFRAMES:  # the shorter bars of a symbol come first
-        for shorter in TIMEFRAMES[: TIMEFRAMES.index(timeframe)]:
-            yield f"feed.{shorter}.{symbol}"
-
-
-def group_of(check: str) -> str:
-    """Checks of one group are told together: ``disk.home`` and ``disk.data`` are ``disk``."""
-    depth = 2 if check.startswith(_WIDE_KINDS) else 1
-    return ".".join(check.split(".")[:depth])
-
-
 def standing(state: AlertState) -> tuple[Incident, ...]:
     """The incidents that have been told and are not over, oldest first."""
     told = [_incident(case) for case in state.cases.values() if case.told_at is not None]
@@ -272,7 +208,7 @@ def advance(state: AlertState, results: Sequence[CheckResult], now: datetime, ru
     round_.forget()
     round_.assign()
     round_.explain()
-    round_.merge()
+    round_.gather()
     round_.tell()
     return round_.step()
 
@@ -303,6 +239,9 @@ def _turned_back(state: AlertState, by: timedelta) -> AlertState:
             for name, case in state.cases.items()
         },
     )
+
+
+Behind = Callable[[str, Collection[str]], Iterator[str]]
 
 
 class _Round:
@@ -362,7 +301,7 @@ class _Round:
         else:
             if watch is None:
                 group = group_of(name)
-                if self._kinds.get(group, 0) >= MOST_OF_A_KIND:
+                if self._kinds.get(group, 0) >= MOST_OF_A_KIND or len(self.watches) >= MOST_WATCHED:
                     return
                 self._kinds[group] = self._kinds.get(group, 0) + 1
                 at = min(result.at, self.now)
@@ -456,7 +395,7 @@ class _Round:
         watch = self.watches[name]
         if not watch.is_open or watch.incident or self.ruling(name).mute:
             return
-        cause = self._cause(watch) or self._cause(watch, NEAR)
+        cause = self._cause(watch) or self._cause(watch, near)
         if cause:
             self._place(cause, groups)  # the tables have no circles
             self._join(name, self.watches[cause].incident)
@@ -503,10 +442,10 @@ class _Round:
             if cause:
                 self.watches[name] = replace(self.watches[name], explained_at=self.now)
 
-    def _cause(self, watch: Watch, table: Needs = CAUSES) -> str | None:
+    def _cause(self, watch: Watch, behind: Behind = explaining) -> str | None:
         """The open check that explains this one; "" if one that could has begun to fail; None."""
         begun = False
-        for name in self._named(causes(watch.check, table)):
+        for name in behind(watch.check, self.watches):
             other = self.watches[name]
             if name == watch.check or self.ruling(name).mute:
                 continue  # what is never told explains nothing: somebody has to hear of it
@@ -517,40 +456,29 @@ class _Round:
                 begun = True
         return "" if begun else None
 
-    def _named(self, names: Iterable[str]) -> Iterator[str]:
-        """Those of the possible causes that are watched."""
-        for name in names:
-            kind, colon, word = name.partition(":")
-            if not colon:
-                if name in self.watches:
-                    yield name
-                continue
-            for check in self.watches:
-                if check.startswith(f"{kind}.") and word in _PIECES.split(check):
-                    yield check
+    def gather(self) -> None:
+        """Moves what nobody has been told of to the incidents of what is behind it, where that began later."""
+        moved = True
+        while moved:  # a cause may move itself; the tables have no circles, so this ends
+            moved = False
+            for name, watch in list(self.watches.items()):
+                case = self.cases.get(watch.incident)
+                if case is None or case.told_at is not None or not watch.is_open:
+                    continue
+                cause = self._explained.get(name) or self._cause(watch, near)
+                target = self.watches[cause].incident if cause else ""
+                if target and target != case.id:
+                    self._leave(name, case)
+                    self._join(name, target)
+                    moved = True
 
-    def merge(self) -> None:
-        """An incident that nobody has been told of goes into those of what is behind it, once that is all of it."""
-        for incident, case in list(self.cases.items()):
-            if case.told_at is not None:
-                continue
-            members = self._members(incident)
-            targets = [self._behind(name) for name in members]
-            elsewhere = next((target for target in targets if target not in ("", incident)), "")
-            if not elsewhere or "" in targets:
-                continue
-            del self.cases[incident]
-            for name, target in zip(members, targets, strict=True):
-                self._join(name, elsewhere if target == incident else target)
-
-    def _behind(self, name: str) -> str:
-        """The incident of what explains a check, or may have to do with it."""
-        watch = self.watches[name]
-        cause = self._explained.get(name) or self._cause(watch, NEAR)
-        return self.watches[cause].incident if cause else ""
-
-    def _members(self, incident: str) -> list[str]:
-        return [name for name, watch in self.watches.items() if watch.incident == incident and watch.is_open]
+    def _leave(self, name: str, case: Case) -> None:
+        stay = [watch.since for other, watch in self.watches.items() if watch.incident == case.id and other != name]
+        if not stay:
+            del self.cases[case.id]
+            return
+        checks = tuple(check for check in case.checks if check != name)
+        self.cases[case.id] = replace(case, checks=checks, opened_at=min(stay))
 
     # --- telling ---
 
@@ -643,6 +571,7 @@ class _Round:
             f"Severity is {case.severity} now." if worse else "More fails than before.",
             f"The incident lasts since {_moment(case.opened_at)}.",
             *self._lines(first, failing),
+            *_back(case),
         ]
         self._notice(case, "escalated", f"escalated:{number}", _title(first), lines, self._about(first, failing))
         self._told(replace(case, told_at=self.now, due=None), loud)
@@ -650,7 +579,7 @@ class _Round:
     def _remind(self, case: Case, loud: list[Watch], failing: list[Watch]) -> None:
         number = case.reminders + 1
         lasted = _duration((self.now - case.opened_at).total_seconds())
-        lines = [f"It lasts for {lasted}, since {_moment(case.opened_at)}.", *self._lines(loud, failing)]
+        lines = [f"It lasts for {lasted}, since {_moment(case.opened_at)}.", *self._lines(loud, failing), *_back(case)]
         self._notice(case, "reminder", f"reminder:{number}", _title(loud), lines, self._about(loud, failing))
         self._told(replace(case, reminders=number, told_at=self.now), loud)
 
@@ -738,6 +667,13 @@ def _first(loud: Sequence[Watch], checks: tuple[str, ...]) -> tuple[str, ...]:
 def _title(loud: Sequence[Watch]) -> str:
     more = f" (and {len(loud) - 1} more)" if len(loud) > 1 else ""
     return f"{loud[0].check}: {loud[0].message}"[:160] + more
+
+
+def _back(case: Case) -> list[str]:
+    """Which of an incident's checks do not fail any more."""
+    names = list(case.ended)
+    more = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
+    return [f"Works again: {', '.join(names[:MOST_SHOWN])}{more}."] if names else []
 
 
 def _shown(lines: Iterable[str]) -> list[str]:
