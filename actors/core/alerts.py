@@ -42,7 +42,7 @@ ABSENT: Final = 86_400.0
 # … and what it looks at and cannot judge as well; markets close for up to four days.
 UNJUDGED: Final = 7 * 86_400.0
 # More than this between two calls and the monitor did not run: nothing is concluded from that it saw nothing.
-LONGEST_STEP: Final = 300.0
+LONGEST_STEP: Final = timedelta(minutes=5)
 
 MOST_OF_A_KIND: Final = 2_000  # failing checks of a kind that are followed; more add nothing that a person could read
 MOST_WATCHED: Final = 20_000
@@ -59,28 +59,31 @@ _UNFIT: Final = re.compile(r"[^A-Za-z0-9.-]+")
 
 
 class Watch(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A check that fails, or has lately. Counts are of results in a row; ``unseen`` and ``unjudged`` are seconds.
+    """A check that fails, or has lately. Counts are of results in a row.
 
-    ``severity`` is the worst that it has been confirmed to be while it is open; ``since`` its first failure;
-    ``told`` whether a notice has named it since it opened; ``steady``: open until it has not failed for ``flap_seconds``.
+    ``seen_at`` and ``judged_at`` are when it was last looked at, and last with an answer; they are moved by what the monitor
+    did not run. ``severity`` is the worst that it has been confirmed to be while it is open; ``since`` its first failure;
+    ``told`` whether a notice has named it since it opened; ``steady``: open until it has not failed for ``flap_seconds``;
+    ``freed_at``: when what had explained it was over.
     """
 
     check: str
     bad: int = 0
     hot: int = 0  # of the failures in a row, the last so many were critical
     good: int = 0
-    unseen: float = 0.0
-    unjudged: float = 0.0
     message: str = ""
     severity: Severity = "warning"
     since: UtcTime
     failed_at: UtcTime
+    seen_at: UtcTime
+    judged_at: UtcTime
     opened_at: UtcTime | None = None
     openings: tuple[UtcTime, ...] = ()
     steady: bool = False
     incident: str = ""
     told: bool = False
-    explained_at: UtcTime | None = None  # when something last explained it
+    explained: bool = False
+    freed_at: UtcTime | None = None
 
     @property
     def is_open(self) -> bool:
@@ -202,7 +205,7 @@ def advance(state: AlertState, results: Sequence[CheckResult], now: datetime, ru
     if state.at is not None and now < state.at:
         state = _turned_back(state, state.at - now)
     round_ = _Round(state, now, rules)
-    round_.age()
+    round_.wake()
     for result in results:
         round_.take(result)
     round_.forget()
@@ -228,7 +231,9 @@ def _turned_back(state: AlertState, by: timedelta) -> AlertState:
                 failed_at=watch.failed_at - by,
                 opened_at=earlier(watch.opened_at),
                 openings=tuple(at - by for at in watch.openings),
-                explained_at=earlier(watch.explained_at),
+                seen_at=watch.seen_at - by,
+                judged_at=watch.judged_at - by,
+                freed_at=earlier(watch.freed_at),
             )
             for name, watch in state.watches.items()
         },
@@ -281,20 +286,19 @@ class _Round:
 
     # --- results ---
 
-    def age(self) -> None:
-        """Lets time pass: events that are not repeated end, and what is no longer looked at."""
-        if self.before.at is None:
-            return
-        step = min((self.now - self.before.at).total_seconds(), LONGEST_STEP)
-        for name, watch in self.before.watches.items():
-            self.watches[name] = replace(watch, unseen=watch.unseen + step, unjudged=watch.unjudged + step)
+    def wake(self) -> None:
+        """Nothing is concluded from what was not looked at while nobody looked."""
+        slept = self.now - (self.before.at or self.now) - LONGEST_STEP
+        if slept > timedelta():
+            for name, watch in self.watches.items():
+                self.watches[name] = replace(watch, seen_at=watch.seen_at + slept, judged_at=watch.judged_at + slept)
 
     def take(self, result: CheckResult) -> None:
         name = result.check[:NAME]
         watch = self.watches.get(name)
         if result.status == "skipped":
             if watch is not None and not is_within(name, EVENT):
-                self.watches[name] = replace(watch, unseen=0.0)
+                self.watches[name] = replace(watch, seen_at=self.now)
         elif result.status == "ok":
             if watch is not None:
                 self.watches[name] = self._succeeded(watch, result)
@@ -305,7 +309,7 @@ class _Round:
                     return
                 self._kinds[group] = self._kinds.get(group, 0) + 1
                 at = min(result.at, self.now)
-                watch = Watch(check=name, since=at, failed_at=at)
+                watch = Watch(check=name, since=at, failed_at=at, seen_at=self.now, judged_at=self.now)
             self.watches[name] = self._failed(watch, result)
 
     def _failed(self, watch: Watch, result: CheckResult) -> Watch:
@@ -318,9 +322,9 @@ class _Round:
             bad=watch.bad + 1,
             hot=hot,
             good=0,
-            unseen=0.0,
-            unjudged=0.0,
             failed_at=self.now,
+            seen_at=self.now,
+            judged_at=self.now,
             message=result.message[:TEXT],
         )
         severity: Severity = "critical" if hot >= rule.after else "warning"
@@ -333,7 +337,7 @@ class _Round:
         return replace(watch, opened_at=self.now, severity=severity, openings=openings, steady=steady, told=False)
 
     def _succeeded(self, watch: Watch, result: CheckResult) -> Watch:
-        watch = replace(watch, bad=0, hot=0, good=watch.good + 1, unseen=0.0, unjudged=0.0)
+        watch = replace(watch, bad=0, hot=0, good=watch.good + 1, seen_at=self.now, judged_at=self.now)
         if not watch.is_open or watch.good < self.ruling(watch.check).clear:
             return watch
         if watch.steady and not self.passed(watch.failed_at, self.rules.flap_seconds):
@@ -354,7 +358,8 @@ class _Round:
             steady=False,
             incident="",
             told=False,
-            explained_at=None,
+            explained=False,
+            freed_at=None,
         )
 
     def _recent(self, watch: Watch) -> tuple[datetime, ...]:
@@ -364,13 +369,13 @@ class _Round:
         """Ends what is not looked at any more, and drops what is neither failing nor has lately."""
         for name, watch in list(self.watches.items()):
             event = is_within(name, EVENT)
-            if event and watch.unseen >= EVENT_QUIET:
+            if event and self.passed(watch.seen_at, EVENT_QUIET):
                 if watch.is_open and watch.steady and not self.passed(watch.failed_at, self.rules.flap_seconds):
                     continue
                 words = f"not said again for {_duration(EVENT_QUIET)}"
-            elif not event and watch.unseen >= ABSENT:
+            elif not event and self.passed(watch.seen_at, ABSENT):
                 words = "is no longer looked at"
-            elif not event and watch.unjudged >= UNJUDGED:
+            elif not event and self.passed(watch.judged_at, UNJUDGED):
                 words = "could not be judged for a week"
             else:
                 if not watch.is_open and watch.bad == 0 and not self._recent(watch):
@@ -431,16 +436,16 @@ class _Round:
         self.watches[name] = replace(self.watches[name], incident=incident)
 
     def explain(self) -> None:
-        """Finds for each open check what explains it, and remembers when that was."""
-        for name, watch in self.watches.items():
+        """Finds for each open check what explains it, or may be about to."""
+        for name, watch in list(self.watches.items()):
             if not watch.is_open:
                 continue
             cause = self._cause(watch)
-            if cause is not None and (cause or not self.passed(watch.opened_at, CAUSE_WAIT)):
+            if cause or (cause == "" and not self.passed(watch.opened_at, CAUSE_WAIT)):
                 self._explained[name] = cause
-        for name, cause in self._explained.items():
-            if cause:
-                self.watches[name] = replace(self.watches[name], explained_at=self.now)
+            if bool(cause) != watch.explained:
+                freed_at = None if cause else self.now
+                self.watches[name] = replace(watch, explained=bool(cause), freed_at=freed_at)
 
     def _cause(self, watch: Watch, behind: Behind = explaining) -> str | None:
         """The open check that explains this one; "" if one that could has begun to fail; None."""
@@ -536,7 +541,7 @@ class _Round:
         if case.severity == "info":
             return  # said once; there is nothing to do about it
         remind = min(self.ruling(watch.check).remind_seconds for watch in loud)
-        judged = any(watch.unjudged == 0.0 for watch in loud if not is_within(watch.check, EVENT))
+        judged = any(watch.judged_at == self.now for watch in loud if not is_within(watch.check, EVENT))
         if judged and self.passed(case.told_at, remind):
             self._remind(case, loud, failing)
 
@@ -544,7 +549,7 @@ class _Round:
         """Whether it is to be told: nothing explains it, or has just done so, and nothing holds it back."""
         if watch.check in self._explained or self.ruling(watch.check).mute or self.held(watch.check):
             return False
-        return watch.explained_at is None or self.passed(watch.explained_at, RECOVERY)
+        return watch.freed_at is None or self.passed(watch.freed_at, RECOVERY)
 
     def _severity(self, watch: Watch) -> Severity:
         return min(watch.severity, self.ruling(watch.check).most, key=SEVERITIES.index)

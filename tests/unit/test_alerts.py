@@ -39,6 +39,7 @@ from schema.settings import Alerts, Maintenance, Rule
 
 START = datetime(2026, 1, 5, 12, tzinfo=UTC)  # a Monday
 ROUND = 30.0
+STEP = LONGEST_STEP.total_seconds()
 RULES = Alerts()
 
 
@@ -181,17 +182,17 @@ def test_skipped_says_nothing_for_or_against() -> None:
 def test_what_is_looked_at_no_longer_is_over_after_a_day() -> None:
     monitor = Monitor()
     monitor.rounds(3, **{"disk.old": "critical"})
-    monitor.rounds(round(ABSENT / LONGEST_STEP) - 1, seconds=LONGEST_STEP)
+    monitor.rounds(round(ABSENT / STEP) - 1, seconds=STEP)
     assert kinds(monitor.told) == [("opened", "disk.old")]  # and no reminders of what nobody has looked at
-    (closed,) = monitor.rounds(1, seconds=LONGEST_STEP)
+    (closed,) = monitor.rounds(1, seconds=STEP)
     assert (closed.kind, closed.lines[1]) == ("closed", "disk.old: is no longer looked at")
 
 
 def test_what_cannot_be_judged_any_more_is_over_after_a_week_and_a_weekend_is_none() -> None:
     monitor = Monitor()
     monitor.rounds(3, **{"feed.M1.A": "critical"})
-    assert monitor.rounds(round(UNJUDGED / LONGEST_STEP) - 1, seconds=LONGEST_STEP, **{"feed.M1.A": "skipped"}) == []
-    (closed,) = monitor.rounds(1, seconds=LONGEST_STEP, **{"feed.M1.A": "skipped"})
+    assert monitor.rounds(round(UNJUDGED / STEP) - 1, seconds=STEP, **{"feed.M1.A": "skipped"}) == []
+    (closed,) = monitor.rounds(1, seconds=STEP, **{"feed.M1.A": "skipped"})
     assert closed.lines[1] == "feed.M1.A: could not be judged for a week"
 
 
@@ -619,6 +620,15 @@ def test_a_clock_that_is_set_back_postpones_nothing() -> None:
     last = monitor.incidents[-1]
     assert last.closed_at is not None
     assert last.closed_at >= last.opened_at
+
+
+def test_a_round_in_which_nothing_changes_changes_nothing() -> None:
+    """So that the state need not be written every second while something fails."""
+    monitor = Monitor()
+    monitor.rounds(10, **TORN_DOWN)
+    before = monitor.state
+    monitor.rounds(5, seconds=1)
+    assert monitor.state == msgspec.structs.replace(before, at=monitor.now)
 
 
 def test_a_naive_time_is_refused() -> None:
