@@ -13,6 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from actors.core.alert_words import MOST_SHOWN, duration
 from actors.core.alerts import (
     ABSENT,
     CAUSE_WAIT,
@@ -20,7 +21,6 @@ from actors.core.alerts import (
     LONGEST_STEP,
     MOST_NAMED,
     MOST_OF_A_KIND,
-    MOST_SHOWN,
     MOST_WAIT,
     RECOVERY,
     UNJUDGED,
@@ -513,6 +513,24 @@ def test_what_comes_and_goes_stays_open_until_it_is_steady() -> None:
     assert monitor.told[-1].at - steady_since == timedelta(seconds=rules.flap_seconds)
 
 
+def test_what_stays_open_until_it_is_steady_explains_only_what_fails_when_it_does() -> None:
+    monitor = Monitor(Alerts(flap_changes=1))
+    monitor.rounds(5, database="critical")
+    monitor.rounds(10, database="ok")
+    monitor.rounds(20, **{"database": "ok", "endpoint./health": "critical"})
+    assert kinds(monitor.told) == [("opened", "database"), ("opened", "endpoint./health")]
+
+
+def test_an_incident_that_grows_for_ever_is_still_told() -> None:
+    monitor = Monitor(Alerts(flap_changes=10_000))
+    monitor.rounds(4, **{"disk.a": "critical"})
+    (case,) = monitor.state.cases.values()
+    grown = msgspec.structs.replace(case, escalations=10_000)
+    monitor.state = msgspec.structs.replace(monitor.state, cases={case.id: grown})
+    notices = monitor.rounds(13, **{"disk.a": "critical", "disk.b": "critical"})
+    assert [notice.id.rpartition(":")[2] for notice in notices] == ["10001"]
+
+
 # --- windows -----------------------------------------------------------------------------------------------------
 
 NIGHT = {"night": Maintenance(start="22:00", end="23:00")}
@@ -656,6 +674,14 @@ def test_thousands_of_failing_checks_are_one_mail_of_bounded_size_and_bounded_st
     assert opened.lines[-1] == f"… and {MOST_OF_A_KIND - MOST_SHOWN} more."
     assert len(monitor.state.watches) == MOST_OF_A_KIND + 1
     assert len(msgspec.json.encode(monitor.state)) < 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (59.6, "1 min"), (61, "1 min 1 s"), (3_600, "1 h"), (90_061, "1 d 1 h"), (-5, "0 s")],
+)
+def test_durations_read_well(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
 
 
 def test_ids_fit_into_subjects_and_headers_whatever_checks_are_called() -> None:
@@ -910,7 +936,10 @@ class AlertRules(RuleBasedStateMachine):
     def must_be_told(self, check: str) -> bool:
         model = self.model[check]
         explained = any(
-            self.model[cause].open and not self.mute(cause) and self.model[cause].severe >= model.severe
+            self.model[cause].open
+            and (self.model[cause].bad or self.now - self.model[cause].failed_at < timedelta(seconds=RECOVERY))
+            and not self.mute(cause)
+            and self.model[cause].severe >= model.severe
             for cause in NEEDS[check]
         )
         return (
