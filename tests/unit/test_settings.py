@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -181,6 +183,17 @@ def test_the_settings_of_operating_are_read() -> None:
     assert settings.alerts.maintenance["night"].days == ("Sat", "Sun")
     assert settings.backup.recipient == AGE
     assert "hunter" not in str(describe(settings))
+
+
+def test_the_examples_of_the_page_about_alerts_can_be_used() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "alerts.md").read_text()
+    blocks = re.findall(r"^```toml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 2
+    settings = load("\n".join(blocks), {})
+    assert (
+        msgspec.structs.replace(settings.alerts, rules={}, maintenance={}) == Settings().alerts
+    )  # "these are the defaults"
+    assert (len(settings.alerts.rules), len(settings.alerts.maintenance)) == (3, 2)
 
 
 @pytest.mark.parametrize(
