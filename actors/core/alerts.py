@@ -286,7 +286,7 @@ class _Round:
         watch = self.watches[name]
         if not watch.is_open or watch.incident or self.ruling(name).mute:
             return
-        cause = self._cause(watch) or self._cause(watch, near)
+        cause = self._cause(watch)
         if cause:
             self._place(cause, groups)  # the tables have no circles
             self._join(name, self.watches[cause].incident)
@@ -318,7 +318,7 @@ class _Round:
         opened_at = case.opened_at
         if case.told_at is None:
             opened_at = min(opened_at, self.watches[name].since)
-        self.cases[incident] = replace(case, checks=checks, ended=ended, opened_at=opened_at, recovered_at=None)
+        self.cases[incident] = replace(case, checks=checks, ended=ended, opened_at=opened_at)
         self.watches[name] = replace(self.watches[name], incident=incident)
 
     def explain(self) -> None:
