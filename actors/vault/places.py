@@ -19,7 +19,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path, PurePosixPath
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar, cast
 
 import asyncssh
 import msgspec
@@ -544,10 +544,9 @@ class SshPlace:
     async def _read(self, path: PurePosixPath) -> bytes | None:
         try:
             async with self.sftp.open(str(path), "rb") as file:
-                data = await file.read(MANIFEST_BYTES)
+                return cast(bytes, await file.read(MANIFEST_BYTES))  # opened for bytes
         except asyncssh.SFTPNoSuchFile:
             return None
-        return bytes(data)
 
     async def _sweep(self) -> None:
         """What killed uploads and deletions have left, our own and other machines'."""
