@@ -145,7 +145,7 @@ def _lines(verdict: BackupVerdict) -> Iterator[str]:
     if verdict.shipped and not verdict.encrypted:
         yield "What was shipped is not encrypted: [backup] recipient takes an age public key."
     if verdict.pruned:
-        yield f"Pruned: {', '.join(dict.fromkeys(verdict.pruned))}."
+        yield f"Pruned: {', '.join(verdict.pruned)}."
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 _FORM: Final = re.compile(
-    r"(?:(?P<user>[^@/\s:]+)@)?(?P<host>\[[0-9A-Fa-f:.%]+\]|[^@/\s:\[\]]+)(?::(?P<port>\d{1,5}))?:(?P<folder>/.*)"
+    r"(?:(?P<user>[^@/\s:]+)@)?(?P<host>\[[0-9A-Fa-f:.%]+\]|[^@/\s:\[\]]+)(?::(?P<port>\d{1,5}))?:(?P<folder>/(?!/).*)"
 )
 
 

@@ -334,9 +334,10 @@ async def connect(target: SshTarget, settings: Backup) -> AsyncIterator[SshPlace
     """The folder of a host that is known, by a key of ours. Raises PlaceFailed."""
     known_hosts = Path(settings.known_hosts or "~/.ssh/known_hosts").expanduser()  # noqa: ASYNC240 - no file is touched
     if not await asyncio.to_thread(known_hosts.is_file):
+        port = f"-p {target.port} " if target.port else ""
         raise PlaceFailed(
-            f"{known_hosts} does not exist, so no host is known: run `ssh-keyscan -H {target.host} >> {known_hosts}` and compare "
-            "the key with the host's own."
+            f"{known_hosts} does not exist, so no host is known: run `ssh-keyscan {port}{target.host} >> {known_hosts}` and "
+            "compare the key with the host's own."
         )
     options: dict[str, Any] = {
         "known_hosts": str(known_hosts),

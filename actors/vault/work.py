@@ -118,11 +118,11 @@ class Run:
                     if there is not None:
                         title = there.title
                         shipped = await self._ship(here, there, newest.name)
-                        pruned += await self._prune(there)
+                        pruned += await self._prune(there, newest.name)
             except (PlaceFailed, crypt.KeyUnusable) as error:
                 problem = str(error)
                 await self._say_of(newest, "failed", target=title, error=f"{newest.name} is not shipped. {problem}")
-        pruned += await _failing(self._prune(here))
+        pruned += await _failing(self._prune(here, newest.name))
         return self._verdict(newest, made, title, problem, tuple(shipped), tuple(pruned), time.monotonic() - started)
 
     def _is_new(self, manifest: BackupManifest) -> bool:
@@ -192,12 +192,14 @@ class Run:
 
     # --- pruning -------------------------------------------------------------------------------------------------
 
-    async def _prune(self, place: Place) -> list[str]:
+    async def _prune(self, place: Place, newest: str) -> list[str]:
+        """``newest`` stays, whatever its name says: the clock may have been set back."""
         rules = self.settings.backup
         known = [Known(one.name, one.verified_at is not None) for one in await place.list()]
         doomed = to_delete(
             known, daily=rules.daily, weekly=rules.weekly, monthly=rules.monthly, verified=rules.verified
         )
+        doomed = tuple(name for name in doomed if name != newest)
         for name in doomed:
             await place.delete(name)
             self.log.info("backup pruned", action="backup.pruned", backup=name, target=place.title)
@@ -290,7 +292,7 @@ class Run:
             rows=sum(table.rows for table in manifest.tables),
             messages=sum(stream.messages for stream in manifest.streams),
             shipped=shipped,
-            pruned=pruned,
+            pruned=tuple(dict.fromkeys(pruned)),
             left_out=manifest.left_out,
         )
 
