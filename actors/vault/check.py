@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Final
@@ -12,14 +12,13 @@ from typing import Final
 import msgspec
 
 from actors.core.backups import Defect, compare, is_name
+from actors.vault.threads import Count, deaf
 from schema.backup import MANIFEST, VERSION, BackupManifest, FileEntry
 
 READ_BYTES: Final = 1024**2
 MANIFEST_BYTES: Final = (
     16 * 1024**2
 )  # far above any that was ever written: a disk image named manifest.json fills no memory
-
-Tell = Callable[[int], None]  # bytes that were read
 
 
 class Damaged(Exception):
@@ -52,8 +51,8 @@ def read_manifest(folder: Path) -> BackupManifest:
     return manifest
 
 
-def check_files(folder: Path, tell: Tell = lambda _: None) -> BackupManifest:
-    """The manifest of a folder in which every file is as it says. Reads everything: not for an event loop.
+def check_files(folder: Path, count: Count = deaf) -> BackupManifest:
+    """The manifest of a folder in which every file is as it says. ``count`` hears of the bytes read so far. Blocks.
 
     Raises:
         Damaged: all that is wrong, by file.
@@ -62,13 +61,15 @@ def check_files(folder: Path, tell: Tell = lambda _: None) -> BackupManifest:
     defects = []
     if is_name(folder.name) and folder.name != manifest.name:
         defects.append(Defect(MANIFEST, f"is that of backup {manifest.name}"))
-    found = []
+    found: list[FileEntry] = []
+    done = 0
     for path in sorted(_files(folder)):
         name = path.relative_to(folder).as_posix()
         if name == MANIFEST:
             continue
         try:
-            found.append(_entry(name, path, tell))
+            found.append(_entry(name, path, done, count))
+            done += found[-1].size
         except OSError as error:
             defects.append(Defect(name, f"cannot be read ({error.strerror or error})"))
     unread = {defect.path for defect in defects}
@@ -83,7 +84,7 @@ def _files(folder: Path) -> Iterator[Path]:
         yield from (Path(root) / name for name in names)
 
 
-def _entry(name: str, path: Path, tell: Tell) -> FileEntry:
+def _entry(name: str, path: Path, done: int, count: Count) -> FileEntry:
     # A link or a device may be read for ever, or lead to what is not in the backup.
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     digest, size = sha256(), 0
@@ -93,5 +94,5 @@ def _entry(name: str, path: Path, tell: Tell) -> FileEntry:
         while part := file.read(READ_BYTES):
             digest.update(part)
             size += len(part)
-            tell(len(part))
+            count(done + size)
     return FileEntry(path=name, size=size, sha256=digest.hexdigest())

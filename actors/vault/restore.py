@@ -11,7 +11,7 @@ import asyncpg
 
 from actors.core.backups import NoPrograms, choose_bin
 from actors.vault.dump import DumpFailed, direct_connection, libpq_environment, run_program, table_entries
-from schema.backup import BackupManifest, TableEntry
+from schema.backup import MANIFEST, BackupManifest, TableEntry
 from schema.load import mask_url
 
 JOBS: Final = min(4, os.cpu_count() or 1)
@@ -30,7 +30,14 @@ ORDER BY o.class DESC, 1 LIMIT 1
 
 
 class NotRestored(Exception):
-    """What a backup holds could not be brought back; the message is one sentence with the way out."""
+    """What a backup holds could not be brought back; the message is one sentence with the way out.
+
+    ``path`` is the backup's file that is to blame, "" where it is none.
+    """
+
+    def __init__(self, sentence: str, path: str = "") -> None:
+        super().__init__(sentence)
+        self.path = path
 
 
 class NotEmpty(NotRestored):
@@ -95,7 +102,7 @@ async def restore_database(
                 async with direct_connection(url) as connection:
                     await connection.execute("SELECT timescaledb_post_restore()")
         if code != 0 and timescaledb is None:
-            raise NotRestored(f"pg_restore failed on {dump.name} ({said or f'exit code {code}'}).")
+            raise NotRestored(f"pg_restore failed on {dump.name} ({said or f'exit code {code}'}).", dump.name)
         async with direct_connection(url) as connection:
             await connection.execute("ANALYZE")
     except (DumpFailed, NoPrograms) as error:
@@ -106,7 +113,7 @@ async def restore_database(
 async def _begin_timescaledb(connection: Any, version: str) -> None:
     """The extension in the dump's own version, and its word that a restore begins: without it rows of hypertables are lost."""
     if not version.replace(".", "").replace("-", "").isalnum():
-        raise NotRestored(f"{version!r} is no version of TimescaleDB: the manifest is damaged.")
+        raise NotRestored(f"{version!r} is no version of TimescaleDB: the manifest is damaged.", MANIFEST)
     try:
         await connection.execute(f"CREATE EXTENSION IF NOT EXISTS timescaledb VERSION '{version}'")
         await connection.execute("SELECT timescaledb_pre_restore()")

@@ -11,11 +11,11 @@ import os
 import shutil
 import tarfile
 import zlib
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 from actors.vault.files import DATA, PLACES
+from actors.vault.threads import Count, deaf
 
 BLOCK: Final = 1024 * 1024
 
@@ -24,8 +24,8 @@ class BadArchive(Exception):
     """The archive is damaged, or holds what no archive of ours holds; the message is one clause."""
 
 
-def unpack(archive: Path, target: Path, tell: Callable[[int], None] = lambda _: None) -> int:
-    """Unpacks into ``target``, which it makes, and returns the number of files. ``tell`` hears the bytes written.
+def unpack(archive: Path, target: Path, count: Count = deaf) -> int:
+    """Unpacks into ``target``, which it makes, and returns the number of files. ``count`` hears of the bytes written so far.
 
     Only folders, plain files and links that stay inside are taken, and nobody but this user may read what is made; the data
     of other programs keeps its owners where root unpacks it.
@@ -36,7 +36,7 @@ def unpack(archive: Path, target: Path, tell: Callable[[int], None] = lambda _: 
     """
     target.mkdir(mode=0o700)
     links: set[PurePosixPath] = set()
-    count = 0
+    files = done = 0
     try:
         # A stream: a member's bytes are read once, in order, and no index of all of them is kept.
         with tarfile.open(archive, "r|gz") as tar:
@@ -51,8 +51,8 @@ def unpack(archive: Path, target: Path, tell: Callable[[int], None] = lambda _: 
                     os.symlink(member.linkname, place)
                     links.add(path)
                 elif member.isreg():
-                    _write(tar, place, member, tell)
-                    count += 1
+                    done = _write(tar, place, member, done, count)
+                    files += 1
                 elif not member.isdir():
                     raise BadArchive(f"{member.name} is neither a file, a folder nor a link")
                 if path.parts[0] == DATA and os.geteuid() == 0 and not member.issym():
@@ -64,7 +64,7 @@ def unpack(archive: Path, target: Path, tell: Callable[[int], None] = lambda _: 
         raise BadArchive(f"it cannot be unpacked ({error})") from error
     except FileExistsError as error:
         raise BadArchive(f"it holds {Path(str(error.filename)).name} twice") from error
-    return count
+    return files
 
 
 def _inside(name: str) -> PurePosixPath:
@@ -78,7 +78,7 @@ def _folder(path: Path) -> None:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
-def _write(tar: tarfile.TarFile, place: Path, member: tarfile.TarInfo, tell: Callable[[int], None]) -> None:
+def _write(tar: tarfile.TarFile, place: Path, member: tarfile.TarInfo, done: int, count: Count) -> int:
     source = tar.extractfile(member)
     if source is None:
         raise BadArchive(f"{member.name} has no content")
@@ -87,8 +87,10 @@ def _write(tar: tarfile.TarFile, place: Path, member: tarfile.TarInfo, tell: Cal
     with os.fdopen(descriptor, "wb") as file:
         while part := source.read(BLOCK):
             file.write(part)
-            tell(len(part))
+            done += len(part)
+            count(done)
     os.utime(place, (member.mtime, member.mtime))
+    return done
 
 
 def return_data(unpacked: Path) -> list[tuple[str, Path | None, str]]:

@@ -5,10 +5,9 @@ The same steps for a restore, for the proof that a backup can be restored, and f
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -18,6 +17,7 @@ from nats.errors import Error as NatsError
 from actors.core.backups import Step
 from actors.vault.restore import NotEmpty, NotRestored, differences, refuse_full, restore_database
 from actors.vault.streams_restore import StreamNotRestored, present, rebind, restore_stream
+from actors.vault.threads import in_thread
 from actors.vault.unpack import BadArchive, unpack
 from bus.client import Bus
 from schema.backup import DUMP, FILES, STREAMS, BackupManifest
@@ -107,7 +107,8 @@ async def _streams(folder: Path, manifest: BackupManifest, bus: Bus, out: Restor
         try:
             found = await restore_stream(bus, wanted, folder, heard)
         except StreamNotRestored as error:
-            raise NotRestored(f"{STREAMS}/{wanted.name}.snapshot does not give its stream back: {error}") from error
+            path = f"{STREAMS}/{wanted.name}.snapshot"
+            raise NotRestored(f"{path} does not give its stream back: {error}", path) from error
         out.streams.append(wanted.name)
         out.messages += found.messages
 
@@ -125,7 +126,8 @@ async def _database(
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise NotRestored(
             f"{dump.name} does not give back what the manifest says: {', '.join(problems[:3])}{more}."
-            + (f" pg_restore said: {complaint}" if complaint else "")
+            + (f" pg_restore said: {complaint}" if complaint else ""),
+            dump.name,
         )
     if complaint:
         out.notes.append(f"Every row is there, though pg_restore complained: {complaint}")
@@ -133,18 +135,12 @@ async def _database(
 
 
 async def _files(archive: Path, target: Path, tell: Tell) -> int:
-    loop = asyncio.get_running_loop()
-    written = 0
-
-    def heard(size: int) -> None:  # in the thread
-        nonlocal written
-        written += size
-        loop.call_soon_threadsafe(tell, Step(stage="files", done=written))
-
     try:
-        return await asyncio.to_thread(unpack, archive, target, heard)
+        return await in_thread(
+            lambda count: unpack(archive, target, count), lambda done: tell(Step(stage="files", done=done))
+        )
     except BadArchive as error:
-        raise NotRestored(f"{archive.name} is no archive of ours: {error}.") from error
+        raise NotRestored(f"{archive.name} is no archive of ours: {error}.", archive.name) from error
     except OSError as error:
         raise NotRestored(f"{error.filename or target} cannot be written ({error.strerror or error}).") from error
 
@@ -157,7 +153,7 @@ async def _take_back(bus: Bus, streams: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def _timed(out: Restored, part: str):  # type: ignore[no-untyped-def]
+def _timed(out: Restored, part: str) -> Iterator[None]:
     started = time.monotonic()
     yield
     out.seconds[part] = round(time.monotonic() - started, 3)
