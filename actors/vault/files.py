@@ -256,24 +256,38 @@ def copy_sqlite(source: Path, target: Path) -> None:
 
 
 def file_entry(folder: Path, path: Path, read: Callable[[int], None] = lambda size: None) -> FileEntry:
-    """A file's size and sha256, by its path within ``folder``; ``read`` is called with the bytes of each block."""
+    """A file's size and sha256, by its path within ``folder``; ``read`` is called with its bytes so far."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while block := file.read(BLOCK):
             digest.update(block)
             size += len(block)
-            read(len(block))
+            read(size)
     return FileEntry(path=path.relative_to(folder).as_posix(), size=size, sha256=digest.hexdigest())
 
 
 def entries(folder: Path, read: Callable[[int], None] = lambda size: None) -> tuple[FileEntry, ...]:
-    """Every file of a backup but its manifest, as they lie there; what is no plain file is not followed."""
-    found = []
-    for path in sorted(folder.rglob("*")):
-        if path.is_symlink() or not path.is_file() or path == folder / MANIFEST:
-            continue
-        found.append(file_entry(folder, path, read))
+    """Every file of a backup but its manifest, as they lie there; ``read`` is called with the bytes of all so far."""
+    found: list[FileEntry] = []
+    before = 0
+    for path in _plain_files(folder):
+        found.append(file_entry(folder, path, lambda size, base=before: read(base + size)))  # type: ignore[misc]
+        before += found[-1].size
     return tuple(found)
+
+
+def size_below(folder: Path) -> int:
+    """Bytes of all that :func:`entries` reads."""
+    return sum(path.stat().st_size for path in _plain_files(folder))
+
+
+def _plain_files(folder: Path) -> list[Path]:
+    """What is no plain file is not followed."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.is_symlink() and path != folder / MANIFEST
+    ]
 
 
 def sync_tree(folder: Path) -> None:

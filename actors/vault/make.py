@@ -17,12 +17,13 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 import msgspec
 
 from actors.core.backups import NoPrograms, Step, free_name, is_name, total_bytes
 from actors.vault import dump, files, snapshots
+from actors.vault.threads import in_thread
 from bus.client import Bus
 from bus.subjects import CANDLES
 from bus.supervise import VERSION as PROGRAM
@@ -37,7 +38,6 @@ DUMP_SHARE: Final = 0.4  # of the database's size on the disk: its indexes are n
 HASH_STAGE: Final = "checksums"
 
 Tell = Callable[[Step], None]
-R = TypeVar("R")
 
 
 class BackupFailed(Exception):
@@ -81,7 +81,7 @@ async def make(
         await _check_room(home, settings, bus, database_url)
         async with _draft(backups, name) as draft:
             manifest = await _fill(draft, name, began, started, home, settings, bus, database_url, tell)
-            await asyncio.to_thread(_finish, draft, backups / name, manifest)
+            await in_thread(lambda _: _finish(draft, backups / name, manifest))
     except ValueError as error:
         raise BackupFailed(f"No backup was made: {error}.") from error
     except (dump.DumpFailed, NoPrograms, snapshots.SnapshotFailed) as error:
@@ -124,8 +124,9 @@ async def _fill(
         if stream == CANDLES.stream and taken.last_at is not None:
             newest.append(taken.last_at)
     packed = await _pack(draft, home, settings, tell)
-    tell(Step(stage=HASH_STAGE))
-    entries = await asyncio.to_thread(files.entries, draft)
+    size = await asyncio.to_thread(files.size_below, draft)
+    tell(Step(stage=HASH_STAGE, total=size))
+    entries = await in_thread(lambda count: files.entries(draft, count), _telling(tell, HASH_STAGE, size))
     version = bus.nc.connected_server_version
     return BackupManifest(
         version=VERSION,
@@ -154,31 +155,17 @@ def _telling(tell: Tell, stage: str, total: int = 0) -> Callable[[int], None]:
 async def _pack(draft: Path, home: Path, settings: Settings, tell: Tell) -> files.Packed:
     backup = settings.backup
     total = await asyncio.to_thread(files.size_of, home, backup.data)
-    loop = asyncio.get_running_loop()
-
-    def read(size: int) -> None:  # in the thread
-        loop.call_soon_threadsafe(tell, Step(stage="files", done=size, total=total))
-
-    return await _in_thread(
-        lambda: files.pack(
+    return await in_thread(
+        lambda count: files.pack(
             draft / FILES,
             home,
             configuration=Path(backup.config).expanduser() if backup.config else None,
             in_force=msgspec.json.format(msgspec.json.encode(describe(settings))),
             data=backup.data,
-            read=read,
-        )
+            read=count,
+        ),
+        _telling(tell, "files", total),
     )
-
-
-async def _in_thread(work: Callable[[], R]) -> R:
-    """Like asyncio.to_thread, but a cancellation waits for the thread: what it writes into must not go away under it."""
-    task = asyncio.create_task(asyncio.to_thread(work))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait({task})
-        raise
 
 
 def _finish(draft: Path, final: Path, manifest: BackupManifest) -> None:
@@ -218,6 +205,8 @@ async def _check_room(home: Path, settings: Settings, bus: Bus, database_url: st
     streams = await snapshots.list_streams(bus)
     others = await asyncio.to_thread(files.size_of, home, settings.backup.data)
     need = int(database.size * DUMP_SHARE) + sum(streams.values()) + others
+    if settings.backup.target is not None and settings.backup.recipient is not None:
+        need *= 2  # what is shipped is encrypted beside it first
     free = shutil.disk_usage(folder_of(home)).free
     if free < need + SPARE_BYTES:
         raise BackupFailed(
