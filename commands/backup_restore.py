@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     from bus.client import Bus
 
 LATEST: Final = "latest"
-SERVERS, FILES: Final = "servers", "files"  # below a scratch folder
+SERVERS: Final = "servers"  # below a scratch folder, as
+FILES: Final = "files"
 STATE: Final = ("nats", "postgres")  # of the embedded servers, under MT5_HOME
 LOGS: Final = "logs"  # the one folder of a backup in which an empty home may have something already
 ASIDE: Final = "restored"  # under MT5_HOME: what has no place of its own, as the settings of then
@@ -162,8 +163,14 @@ async def _restore(args: argparse.Namespace) -> int:
                         restored = await _bring_back(folder, manifest, ours, bus, scratch / FILES, tell)
                     await _settle(ours)
             except (Damaged, NotRestored) as error:
-                raise CommandError(f"{found.name} is not restored, and nothing is left of the attempt: {error}") from error
-            notes = [*restored.notes, *_left_out(manifest), *await asyncio.to_thread(_move_in, scratch, home.path, loaded)]
+                raise CommandError(
+                    f"{found.name} is not restored, and nothing is left of the attempt: {error}"
+                ) from error
+            notes = [
+                *restored.notes,
+                *_left_out(manifest),
+                *await asyncio.to_thread(_move_in, scratch, home.path, loaded),
+            ]
     seconds = time.monotonic() - started
     if args.json:
         write_json(
@@ -186,7 +193,9 @@ async def _restore(args: argparse.Namespace) -> int:
         f"{restored.messages:,} messages of {len(restored.streams)} streams ({seconds:.1f} s). `mt5 up` goes on from there."
     )
     if manifest.newest is not None:
-        say(f"Its newest candle was received at {manifest.newest:%Y-%m-%d %H:%M} UTC; `mt5 gaps` shows what is missing since.")
+        say(
+            f"Its newest candle was received at {manifest.newest:%Y-%m-%d %H:%M} UTC; `mt5 gaps` shows what is missing since."
+        )
     for note in notes:
         say(note)
     return DONE
@@ -207,11 +216,15 @@ async def _restore_into(args: argparse.Namespace) -> int:
         except (Damaged, NotRestored) as error:
             raise CommandError(f"{found.name} is not restored: {error}") from error
     if problems:
-        raise CommandError(f"{DUMP} does not give back what the manifest says: {', '.join(problems)}. {complaint}".strip())
+        raise CommandError(
+            f"{DUMP} does not give back what the manifest says: {', '.join(problems)}. {complaint}".strip()
+        )
     rows = sum(table.rows for table in manifest.tables)
     seconds = time.monotonic() - started
     if args.json:
-        write_json({"backup": manifest.name, "rows": rows, "tables": len(manifest.tables), "seconds": round(seconds, 3)})
+        write_json(
+            {"backup": manifest.name, "rows": rows, "tables": len(manifest.tables), "seconds": round(seconds, 3)}
+        )
     else:
         say(f"{rows:,} rows of {len(manifest.tables)} tables of {manifest.name} are restored ({seconds:.1f} s).")
     return DONE
@@ -303,7 +316,7 @@ async def drill(args: argparse.Namespace) -> int:
 
 async def _drill(args: argparse.Namespace) -> int:
     loaded = read()
-    at = Path(args.home).expanduser().absolute() if args.home else None
+    at = Path(args.home).expanduser().absolute() if args.home else None  # noqa: ASYNC240 - no file is touched
     with _progress() as tell:
         done = await practise(loaded, at, tell)
     await _announce(
@@ -568,7 +581,9 @@ async def _announce(loaded: Loaded, event: BackupEvent) -> None:
 
     try:
         async with bus_of(places, loaded) as bus:
-            await bus.publish(BACKUPS, event, event.event, msg_id=f"{event.event}:{event.backup}:{event.at.isoformat()}")
+            await bus.publish(
+                BACKUPS, event, event.event, msg_id=f"{event.event}:{event.backup}:{event.at.isoformat()}"
+            )
     except (CommandError, BusUnavailable) as error:
         complain(f"what came of it is not on backups.{event.event}: {error}")
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
 
 from nats.errors import Error as NatsError
 
@@ -23,8 +22,6 @@ from bus.client import Bus
 from schema.backup import DUMP, FILES, STREAMS, BackupManifest
 
 Tell = Callable[[Step], None]
-
-
 
 
 @dataclass(slots=True)
