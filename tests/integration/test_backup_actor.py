@@ -144,8 +144,8 @@ async def test_a_missed_run_is_made_up_for_shipped_once_the_target_is_there_and_
                 await asyncio.sleep(0.05)
         (made,) = await backups(home)
         there.unlink()
-        mark = folder_of(home) / f".{made}.verified"
-        await eventually(mark.exists, "it is verified")
+        assert BACKUPS.decode((await verified.next_msg(timeout=90)).data).backup == made
+        assert (await LocalPlace(folder_of(home)).list())[0].verified_at is not None
         assert await LocalPlace(there).names() == await backups(home) == {made}
         assert await concern() == ""
     told = [event.event for event in await events(bus)]
