@@ -59,15 +59,19 @@ class NoPrograms(Exception):
 
 
 def free_name(at: datetime, taken: Collection[str]) -> str:
-    """A name for a backup begun at ``at``: the day, or, where that is taken, the day and the time. UTC.
+    """A name for a backup begun at ``at``: the UTC day, and the time, too, where that day has one already.
 
-    Raises ValueError where both are taken: a second one within the same second.
+    A day's later name sorts behind its earlier ones, also where the first of them was pruned. Raises ValueError where the
+    name is taken: a second one within the same second.
     """
     at = at.astimezone(UTC)
-    for name in (f"{at:%Y-%m-%d}", f"{at:%Y-%m-%d-%H%M%S}"):
-        if name not in taken:
-            return name
-    raise ValueError(f"there is a backup of {at:%Y-%m-%d %H:%M:%S} already")
+    day = f"{at:%Y-%m-%d}"
+    if not any(name.startswith(day) for name in taken):
+        return day
+    name = f"{at:%Y-%m-%d-%H%M%S}"
+    if name in taken:
+        raise ValueError(f"there is a backup {name} already")
+    return name
 
 
 def is_name(text: str) -> bool:

@@ -19,7 +19,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path, PurePosixPath
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar, cast
 
 import asyncssh
 import msgspec
@@ -334,9 +334,10 @@ async def connect(target: SshTarget, settings: Backup) -> AsyncIterator[SshPlace
     """The folder of a host that is known, by a key of ours. Raises PlaceFailed."""
     known_hosts = Path(settings.known_hosts or "~/.ssh/known_hosts").expanduser()  # noqa: ASYNC240 - no file is touched
     if not await asyncio.to_thread(known_hosts.is_file):
+        port = f"-p {target.port} " if target.port else ""
         raise PlaceFailed(
-            f"{known_hosts} does not exist, so no host is known: run `ssh-keyscan -H {target.host} >> {known_hosts}` and compare "
-            "the key with the host's own."
+            f"{known_hosts} does not exist, so no host is known: run `ssh-keyscan {port}{target.host} >> {known_hosts}` and "
+            "compare the key with the host's own."
         )
     options: dict[str, Any] = {
         "known_hosts": str(known_hosts),
@@ -544,10 +545,9 @@ class SshPlace:
     async def _read(self, path: PurePosixPath) -> bytes | None:
         try:
             async with self.sftp.open(str(path), "rb") as file:
-                data = await file.read(MANIFEST_BYTES)
+                return cast(bytes, await file.read(MANIFEST_BYTES))  # opened for bytes
         except asyncssh.SFTPNoSuchFile:
             return None
-        return bytes(data)
 
     async def _sweep(self) -> None:
         """What killed uploads and deletions have left, our own and other machines'."""

@@ -95,11 +95,12 @@ class Run:
     async def _run(self, here: LocalPlace, started: float) -> BackupVerdict:
         kept = await _failing(here.list())
         newest = next((one.manifest for one in kept if one.manifest is not None), None)
-        made = newest is None or not self._is_new(newest)
+        made = False
         problem = ""
         shipped: list[str] = []
         pruned: list[str] = []
-        if made:
+        if newest is None or not self._is_new(newest):
+            made = True
             taken = set() if self.request.local else await self._names_there()
             newest = await make(
                 home=self.home,
@@ -110,20 +111,18 @@ class Run:
                 tell=self.tell,
             )
             await self._say_of(newest, "made", seconds=newest.seconds)
-        assert newest is not None
-        title = ""
-        if self.settings.backup.target is not None and not self.request.local:
-            title = self.settings.backup.target
+        title = self.settings.backup.target or ""
+        if title and not self.request.local:
             try:
                 async with open_place(self.settings.backup) as there:
-                    assert there is not None
-                    title = there.title
-                    shipped = await self._ship(here, there, newest.name)
-                    pruned += await self._prune(there)
+                    if there is not None:
+                        title = there.title
+                        shipped = await self._ship(here, there, newest.name)
+                        pruned += await self._prune(there, newest.name)
             except (PlaceFailed, crypt.KeyUnusable) as error:
                 problem = str(error)
                 await self._say_of(newest, "failed", target=title, error=f"{newest.name} is not shipped. {problem}")
-        pruned += await _failing(self._prune(here))
+        pruned += await _failing(self._prune(here, newest.name))
         return self._verdict(newest, made, title, problem, tuple(shipped), tuple(pruned), time.monotonic() - started)
 
     def _is_new(self, manifest: BackupManifest) -> bool:
@@ -147,7 +146,7 @@ class Run:
         local = {one.name: one for one in await here.list()}
         since = max((name for name in remote if name not in local or _same(local[name], remote[name])), default=newest)
         shipped = []
-        for name in sorted(name for name in local if name >= since):
+        for name in sorted(name for name in local if name >= since or name == newest):
             manifest = local[name].manifest
             if manifest is None:
                 continue
@@ -193,12 +192,14 @@ class Run:
 
     # --- pruning -------------------------------------------------------------------------------------------------
 
-    async def _prune(self, place: Place) -> list[str]:
+    async def _prune(self, place: Place, newest: str) -> list[str]:
+        """``newest`` stays, whatever its name says: the clock may have been set back."""
         rules = self.settings.backup
         known = [Known(one.name, one.verified_at is not None) for one in await place.list()]
         doomed = to_delete(
             known, daily=rules.daily, weekly=rules.weekly, monthly=rules.monthly, verified=rules.verified
         )
+        doomed = tuple(name for name in doomed if name != newest)
         for name in doomed:
             await place.delete(name)
             self.log.info("backup pruned", action="backup.pruned", backup=name, target=place.title)
@@ -222,7 +223,7 @@ class Run:
             manifest.name,
             size=total_bytes(manifest.files) if size is None else size,
             seconds=seconds,
-            rpo=rpo(manifest),
+            rpo=rpo(manifest, datetime.now(UTC)),
             target=target,
             error=error,
             details={"left_out": list(manifest.left_out)} if manifest.left_out else {},
@@ -285,13 +286,13 @@ class Run:
             path=str(path),
             bytes=total_bytes(manifest.files),
             seconds=round(seconds, 3),
-            rpo_seconds=rpo(manifest),
-            target=target,
+            rpo_seconds=rpo(manifest, datetime.now(UTC)),
+            target="" if self.request.local else target,
             encrypted=bool(shipped) and self.settings.backup.recipient is not None,
             rows=sum(table.rows for table in manifest.tables),
             messages=sum(stream.messages for stream in manifest.streams),
             shipped=shipped,
-            pruned=pruned,
+            pruned=tuple(dict.fromkeys(pruned)),
             left_out=manifest.left_out,
         )
 
@@ -307,12 +308,9 @@ async def tell_event(bus: Bus, event: BackupEvent, log: Any) -> None:
         )
 
 
-def rpo(manifest: BackupManifest, at: datetime | None = None) -> float | None:
-    """Seconds from the newest candle in a backup to ``at`` (None: to when it was made); None where it has none."""
-    if manifest.newest is None:
-        return None
-    done = at if at is not None else manifest.created_at
-    return max(0.0, round((done - manifest.newest).total_seconds(), 3))
+def rpo(manifest: BackupManifest, at: datetime) -> float | None:
+    """Seconds from the newest candle in a backup to ``at``: what would be lost then. None where it has no candle."""
+    return None if manifest.newest is None else max(0.0, round((at - manifest.newest).total_seconds(), 3))
 
 
 def _same(one: Kept, other: Kept) -> bool:
