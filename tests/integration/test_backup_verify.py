@@ -124,7 +124,7 @@ def problems(folder: Path) -> dict[str, str]:
     try:
         check_files(folder)
     except Damaged as error:
-        return {defect.path: defect.problem for defect in error.defects}
+        return {defect.path: defect.problem for defect in reversed(error.defects)}  # the first of a path
     return {}
 
 
