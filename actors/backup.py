@@ -20,6 +20,7 @@ from nats.errors import Error as NatsError
 
 from actors.core.backups import Step
 from actors.core.schedule import Schedule, parse_schedule
+from actors.vault.drill import CommandFailed, drill, verify
 from actors.vault.make import folder_of
 from actors.vault.places import Kept, LocalPlace, PlaceFailed
 from actors.vault.work import BackupRequest, BackupVerdict, Run
@@ -31,6 +32,9 @@ from bus.telemetry import (
     backup_newest_gauge,
     backup_runs_total,
     backup_seconds_gauge,
+    drill_at_gauge,
+    drill_rpo_gauge,
+    drill_rto_gauge,
 )
 from schema.backup import BackupManifest
 
@@ -39,7 +43,10 @@ RETRY_FIRST: Final = 300.0
 RETRY_MAX: Final = 3_600.0
 NAP: Final = 60.0  # short naps: the clock may be set meanwhile
 TELL_EVERY: Final = 0.2  # seconds between two words on how far a run is
-CONCERN: Final = "run"
+# What keeps the agent from its work well, by what it is about; `mt5 doctor` and the health monitor tell it.
+RUNNING: Final = "run"
+VERIFYING: Final = "verify"
+DRILLING: Final = "drill"
 
 
 @dataclass(slots=True)
@@ -66,6 +73,8 @@ class Backup:
         self._log = ctx.log
         self._home = Path(ctx.settings.home).expanduser()
         self._schedule = _schedule("schedule", ctx.settings.backup.schedule)
+        self._drills = _schedule("drill", ctx.settings.backup.drill)
+        self._proving = asyncio.Lock()  # each starts servers of its own
         self._queue: asyncio.Queue[_Asked] = asyncio.Queue(1)
         self._working = False
 
@@ -76,7 +85,13 @@ class Backup:
         service = await serve(self._bus, self.name, self.description, {BACKUP_RUN: self._on_run})
         self._ctx.ready()
         try:
-            await run_tasks({"backup-work": self._work(), "backup-schedule": self._follow_schedule(newest)})
+            await run_tasks(
+                {
+                    "backup-work": self._work(),
+                    "backup-schedule": self._follow_schedule(newest),
+                    "backup-drill": self._follow_drills(),
+                }
+            )
         finally:
             if self._bus.connected:
                 await service.stop()
@@ -127,9 +142,9 @@ class Backup:
         outcome = "ok" if verdict.ok else "busy" if verdict.busy else "failed"
         backup_runs_total.inc(outcome=outcome)
         if verdict.ok:
-            self._ctx.standing.concerns.pop(CONCERN, None)
+            self._ctx.standing.concerns.pop(RUNNING, None)
         elif not verdict.busy:
-            self._ctx.standing.concerns[CONCERN] = verdict.message
+            self._ctx.standing.concerns[RUNNING] = verdict.message
         newest = await self._newest()
         if verdict.ok and newest is not None:
             _measure(newest)
@@ -184,26 +199,82 @@ class Backup:
         slot = previous_run(schedule, now)
         if newest is None or newest.created_at < slot:
             await asyncio.sleep(MISSED_AFTER)
-            await self._until_made(schedule, slot)
+            await self._slot(schedule, slot)
         while True:
             slot = schedule.next_run(datetime.now(UTC))
             await _sleep_until(slot)
-            await self._until_made(schedule, slot)
+            await self._slot(schedule, slot)
 
-    async def _until_made(self, schedule: Schedule, slot: datetime) -> None:
-        """Runs until a backup that was begun since the slot is where it belongs, or the next slot comes."""
+    async def _slot(self, schedule: Schedule, slot: datetime) -> None:
+        made = await self._until_made(schedule, slot)
+        if made is not None:
+            await self._prove(made)
+
+    async def _until_made(self, schedule: Schedule, slot: datetime) -> str | None:
+        """Runs until a backup that was begun since the slot is where it belongs, and names it.
+
+        None where the next slot comes first.
+        """
         pause, following = RETRY_FIRST, schedule.next_run(slot)
         while True:
             since = max(0.0, (datetime.now(UTC) - slot).total_seconds())
             # What was made since and could not be shipped is shipped, not made again.
             verdict = await self._enqueue(BackupRequest(unless_newer=since))
             if verdict.ok:
-                return
+                return verdict.backup
             if datetime.now(UTC) + timedelta(seconds=pause) >= following:
-                return
+                return None
             self._log.info("tries again", action="backup.again", seconds=pause, message=verdict.message)
             await asyncio.sleep(pause)
             pause = min(2 * pause, RETRY_MAX)
+
+    # --- what it is worth ----------------------------------------------------------------------------------------
+
+    async def _prove(self, backup: str) -> None:
+        """Has a new backup restored beside the system and compared; the command tells of it on ``backups.verified``."""
+        try:
+            async with self._proving:
+                proof = await verify(backup)
+        except CommandFailed as error:
+            self._doubt(VERIFYING, f"{backup} could not be verified: {error}")
+            return
+        if proof.ok:
+            self._ctx.standing.concerns.pop(VERIFYING, None)
+            self._log.info("backup verified", action="backup.verified", backup=backup, seconds=proof.seconds)
+        else:
+            named = ", ".join(f"{defect.path} {defect.problem}" for defect in proof.problems)
+            self._doubt(VERIFYING, f"{backup} is not whole: {named}")
+
+    async def _follow_drills(self) -> None:
+        schedule = self._drills
+        if schedule is None:
+            await asyncio.Event().wait()
+            return
+        while True:
+            await _sleep_until(schedule.next_run(datetime.now(UTC)))
+            await self._drill()
+
+    async def _drill(self) -> None:
+        """Has the newest backup restored whole for practice, and takes its time as what a restore would take."""
+        try:
+            async with self._proving:
+                done = await drill()
+        except CommandFailed as error:
+            self._doubt(DRILLING, f"The restore drill came to no end: {error}")
+            return
+        if not done.ok:
+            self._doubt(DRILLING, f"The restore drill of {done.backup} failed: {done.problem}")
+            return
+        self._ctx.standing.concerns.pop(DRILLING, None)
+        drill_at_gauge.set(datetime.now(UTC).timestamp())
+        drill_rto_gauge.set(done.rto_seconds)
+        if done.rpo_seconds is not None:
+            drill_rpo_gauge.set(done.rpo_seconds)
+        self._log.info("restore drilled", action="backup.drilled", backup=done.backup, seconds=done.rto_seconds)
+
+    def _doubt(self, about: str, sentence: str) -> None:
+        self._ctx.standing.concerns[about] = sentence
+        self._log.warning("backup not proved", action="backup.doubt", message=sentence)
 
     async def _newest(self) -> BackupManifest | None:
         """The newest whole backup of this home."""

@@ -229,6 +229,7 @@ class LocalPlace:
 
     async def delete(self, name: str) -> None:
         def remove() -> None:
+            self._one(name)
             doomed = self.root / _draft_of(DELETING, name)
             (self.root / name).rename(doomed)
             (self.root / _mark_of(name)).unlink(missing_ok=True)
@@ -238,6 +239,7 @@ class LocalPlace:
 
     async def mark_verified(self, name: str, at: datetime) -> None:
         def write() -> None:
+            self._one(name)
             data = _mark(at, (self.root / name / MANIFEST).read_bytes())
             draft = self.root / f"{_mark_of(name)}.{secrets.token_hex(4)}"
             handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -521,6 +523,7 @@ class SshPlace:
 
     async def mark_verified(self, name: str, at: datetime) -> None:
         with _told(self.target):
+            await self._one(name)
             manifest = await self._read(self.root / name / MANIFEST)
             if manifest is None:
                 raise PlaceFailed(f"{self.title}/{name} has no {MANIFEST}.")

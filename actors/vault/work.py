@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,6 +20,7 @@ from msgspec import Struct
 from actors.core.backups import Step, total_bytes
 from actors.core.retention import Known, to_delete
 from actors.vault import crypt
+from actors.vault.drill import rpo
 from actors.vault.make import BackupBusy, BackupFailed, folder_of, make, the_only_one, write_manifest
 from actors.vault.places import Kept, LocalPlace, Place, PlaceFailed, open_place
 from actors.vault.threads import in_thread
@@ -118,7 +119,7 @@ class Run:
                     if there is not None:
                         title = there.title
                         shipped = await self._ship(here, there, newest.name)
-                        pruned += await self._prune(there, newest.name)
+                        pruned += await self._prune(there, newest.name, await _failing(here.list()))
             except (PlaceFailed, crypt.KeyUnusable) as error:
                 problem = str(error)
                 await self._say_of(newest, "failed", target=title, error=f"{newest.name} is not shipped. {problem}")
@@ -192,10 +193,17 @@ class Run:
 
     # --- pruning -------------------------------------------------------------------------------------------------
 
-    async def _prune(self, place: Place, newest: str) -> list[str]:
-        """``newest`` stays, whatever its name says: the clock may have been set back."""
+    async def _prune(self, place: Place, newest: str, copies: Sequence[Kept] = ()) -> list[str]:
+        """Deletes what the rules leave out, and names it.
+
+        ``newest`` stays, whatever its name says: the clock may have been set back. What is proved of the ``copies`` of
+        another place is taken for proved here, too.
+        """
         rules = self.settings.backup
-        known = [Known(one.name, one.verified_at is not None) for one in await place.list()]
+        kept = await place.list()
+        proved = {one.name for one in kept if one.verified_at is not None}
+        proved |= {one.name for one in kept for copy in copies if _same(one, copy) and copy.verified_at is not None}
+        known = [Known(one.name, one.name in proved) for one in kept]
         doomed = to_delete(
             known, daily=rules.daily, weekly=rules.weekly, monthly=rules.monthly, verified=rules.verified
         )
@@ -308,16 +316,10 @@ async def tell_event(bus: Bus, event: BackupEvent, log: Any) -> None:
         )
 
 
-def rpo(manifest: BackupManifest, at: datetime) -> float | None:
-    """Seconds from the newest candle in a backup to ``at``: what would be lost then. None where it has no candle."""
-    return None if manifest.newest is None else max(0.0, round((at - manifest.newest).total_seconds(), 3))
-
-
 def _same(one: Kept, other: Kept) -> bool:
     """Whether two places hold the same backup under one name; an encrypted one has other hashes."""
-    return (
-        one.manifest is not None and other.manifest is not None and one.manifest.created_at == other.manifest.created_at
-    )
+    known, there = one.manifest, other.manifest
+    return known is not None and there is not None and (known.name, known.created_at) == (there.name, there.created_at)
 
 
 def _fresh(folder: Path) -> None:
