@@ -213,7 +213,11 @@ def test_a_lost_machine_comes_back_from_its_backup_and_goes_on(make: Make, tmp_p
     assert everything["different"] == []
     assert everything["signals"] == everything["identical"] >= len(SYMBOLS) * (BEFORE + SINCE)
     assert answer(system, "verify", old[0])["identical"]
-    assert system.get("/models/rf_m1")["serving"] == version
+    since = bars("EURUSD")[BEFORE].ts
+    serving = system.fetch(
+        "SELECT DISTINCT model_version FROM model_signals WHERE symbol = ANY($1) AND ts >= $2", list(SYMBOLS), since
+    )
+    assert [row["model_version"] for row in serving] == [version]
     assert system.stop() < 10
 
 
