@@ -28,6 +28,7 @@ MIN_SERVER: Final = (2, 12)  # older servers silently ignore fields that the top
 MAX_IN_FLIGHT: Final = 256  # publishes awaiting their acknowledgement in publish_many
 BURST_WAIT: Final = 5.0  # seconds for a burst of publish_many to be acknowledged before the rest is sent again
 RECONNECT_WAIT: Final = 0.2
+GIVE_UP_SECONDS: Final = 1.0  # for a first connection to heed its cancellation
 CLOSED_EVERY: Final = 0.2  # seconds between two looks whether nats-py has given the connection up
 RETRY_EVERY: Final = 0.25  # seconds between tries of an unacknowledged publish
 STREAM_FULL: Final = frozenset({10047, 10077, 10023, 10028})  # err_codes that mean: no room now
@@ -91,6 +92,16 @@ def outgoing(
     if channel.stream is None:
         raise ValueError(f"{channel.prefix} has no stream: use emit")
     return Outgoing(channel.subject(*tokens), channel.encode(message), msg_id, channel.stream, headers or {})
+
+
+async def _give_up(nc: Client, connecting: asyncio.Task[None]) -> None:
+    """Ends a first connection that is still being made; nats-py may swallow a cancellation, but not its close."""
+    connecting.cancel()
+    await asyncio.wait({connecting}, timeout=GIVE_UP_SECONDS)
+    await nc.close()
+    await asyncio.wait({connecting}, timeout=GIVE_UP_SECONDS)
+    if connecting.done() and not connecting.cancelled():
+        connecting.exception()  # heard of: nobody else asks
 
 
 class Bus:
@@ -157,11 +168,14 @@ class Bus:
             )
         )
         futures: set[asyncio.Future[Any]] = {connecting, refused}
-        await asyncio.wait(futures, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            await asyncio.wait(futures, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            # Left to itself it would try for ever, deaf to every later cancellation, and keep the process from ending.
+            await _give_up(nc, connecting)
+            raise
         if not connecting.done():
-            connecting.cancel()
-            await asyncio.gather(connecting, return_exceptions=True)
-            await nc.close()
+            await _give_up(nc, connecting)
             why = refused.result() if refused.done() else last_error
             raise BusUnavailable(
                 f"NATS does not take our connection ({why}): check that nats-server runs at "

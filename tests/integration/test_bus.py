@@ -690,3 +690,18 @@ async def test_find_is_a_linear_search_made_quick(bus: Bus, seed: int) -> None:
 async def test_find_and_last_message_on_an_empty_stream(bus: Bus) -> None:
     assert await find(bus, FEATURES, 5) == 1
     assert await last_message(bus, FEATURES) is None
+
+
+@pytest.mark.parametrize("after", [0.0, 0.001, 0.003])
+async def test_a_first_connection_that_is_cancelled_leaves_nothing_behind(nats: NatsServer, after: float) -> None:
+    """What is left would try for ever, and keep a process from ending once its server is gone."""
+    before = asyncio.all_tasks()
+    connecting = asyncio.create_task(Bus.connect(nats.url(OPERATOR), name="cancelled"))
+    await asyncio.sleep(after)
+    connecting.cancel()
+    try:
+        bus = await connecting
+    except asyncio.CancelledError:
+        assert asyncio.all_tasks() == before
+    else:  # it was quicker
+        await bus.close()
