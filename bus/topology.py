@@ -126,11 +126,7 @@ def wanted(streams: Streams) -> list[StreamConfig]:
             str(MODELS.stream),
             # Each model by name: models.promote and models.rollback are requests, which a stream must not answer.
             [MODELS.subject(model_name(timeframe)) for timeframe in TIMEFRAMES]
-<<<<<<< HEAD
-            + [ALERTS.wildcard, BACKUPS.wildcard, OUTCOMES.wildcard],
-=======
-            + ["alerts.>", "backups.>", OUTCOMES.wildcard, fence_subject(str(MODELS.stream))],
->>>>>>> main
+            + [ALERTS.wildcard, BACKUPS.wildcard, OUTCOMES.wildcard, fence_subject(str(MODELS.stream))],
             # Outcomes come by the million, and must not push the models' lives out of the stream.
             max_msgs_per_subject=EVENTS_PER_SUBJECT,
             allow_atomic=True,  # the scorer's outcomes, many at once after a replay
