@@ -238,7 +238,7 @@ async def test_a_server_that_is_not_there_or_says_nothing_is_a_passing_failure(m
 
 async def test_a_server_that_keeps_the_mail_and_never_says_goodbye_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smtp, "QUIT_SECONDS", 0.1)
-    quitting = asyncio.Event()
+    quitting, ended = asyncio.Event(), asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"220 mail.test\r\n")
@@ -251,10 +251,14 @@ async def test_a_server_that_keeps_the_mail_and_never_says_goodbye_has_it(monkey
                 await reader.readuntil(b"\r\n.\r\n")
             writer.write(b"250 fine\r\n")
         writer.close()
+        await writer.wait_closed()
+        ended.set()
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
         assert await post_office(server.sockets[0].getsockname()[1]).send(ALERT) is None
         assert quitting.is_set()
+        async with asyncio.timeout(5):
+            await ended.wait()
 
 
 @pytest.mark.parametrize(
