@@ -149,7 +149,7 @@ async def test_it_goes_on_where_another_life_ended(tmp_path: Path) -> None:
         away.failure = SendFailed("away")
         box = Outbox(first, {"smtp": away})
         queue(box, 0, 1)
-        await box.deliver_due(NOW)
+        await box.deliver_due(datetime.now(UTC) + timedelta(seconds=600))
     with closing(database(tmp_path)) as second:
         person = Person()
         box = Outbox(second, {"smtp": person})
@@ -198,6 +198,8 @@ async def test_a_server_that_says_when_to_come_again_is_heeded_within_reason(box
     assert person.tries == 1
     person.failure = SendFailed("429", retry_after=1e9)
     await box.deliver_due(later(42))
+    assert person.tries == 2
+    await box.deliver_due(later(40 + PAUSE_MAX))
     assert person.tries == 2
     person.failure = None
     await box.deliver_due(later(42 + PAUSE_MAX + 1))
