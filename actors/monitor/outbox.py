@@ -143,10 +143,10 @@ class Outbox:
         return sum(self._waiting().values())
 
     def oldest(self) -> float | None:
-        """When the oldest of those was queued, in epoch seconds."""
+        """When the oldest that a closed way holds back was queued, in epoch seconds; what was refused itself is no sign of one."""
         names = list(self._senders)
         (found,) = self._connection.execute(
-            f"SELECT min(queued_at) FROM outbox WHERE sent_at IS NULL AND sender IN ({_marks(names)})",  # noqa: S608
+            f"SELECT min(queued_at) FROM outbox WHERE sent_at IS NULL AND refused = 0 AND sender IN ({_marks(names)})",  # noqa: S608
             names,
         ).fetchone()
         return None if found is None else float(found)

@@ -212,6 +212,7 @@ async def test_a_refused_notice_lets_the_others_pass_and_is_tried_seldom(box: Ou
     await box.deliver_due(NOW)
     assert person.got == ids(1)
     assert box.waiting() == 1
+    assert box.oldest() is None, "mail leaves: the dead man's switch need not fire"
     queue(box, 2)
     await box.deliver_due(later(3_600))
     assert person.got == ids(1, 2)
@@ -485,7 +486,7 @@ async def test_pruning_forgets_what_was_told_and_never_what_waits(
     person.failure = SendFailed("away")
     queue(box, 2)
     await box.deliver_due(later(60))
-    assert (box.waiting(), box.oldest()) == (2, NOW.timestamp()), "a sender that is gone waits for nobody"
+    assert box.waiting() == 2, "a sender that is gone waits for nobody"
     assert box.prune(later(29 * 86_400), 30) == 0
     with capture_logs() as logs:
         assert box.prune(later(31 * 86_400), 30) == 3
