@@ -50,7 +50,7 @@ async def check(args: argparse.Namespace) -> int:
         return NO if critical else DONE
     width = max((len(one.check) for one in results), default=0)
     for one in results:
-        print(f"{MARKS[one.status]}  {one.check.ljust(width)}  {one.message}")
+        say(f"{MARKS[one.status]}  {one.check.ljust(width)}  {one.message}")
     for incident in answer.incidents:
         say(f"Open since {_moment(incident.opened_at)}: {incident.title}")
     if critical:

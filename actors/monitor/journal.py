@@ -91,8 +91,7 @@ class Journal:
         try:
             connection.execute("PRAGMA journal_mode = wal")
             connection.execute("PRAGMA synchronous = full")  # a notice that was promised outlives a power cut
-            for statement in (files("schema") / "sql" / "health.sql").read_text("utf-8").split(";"):
-                connection.execute(statement)
+            connection.executescript((files("schema") / "sql" / "health.sql").read_text("utf-8"))
             made = cls(connection, home)
             made._reserve()
         except BaseException:

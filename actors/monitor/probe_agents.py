@@ -45,7 +45,7 @@ class AgentProbes:
     async def models(self) -> list[CheckResult]:
         """The age of each model's version that serves: markets change."""
         if self.store is None:
-            raise StoreUnavailable("no database is named")
+            raise StoreUnavailable("No database is named or runs here")
         rows = await self.store.fetch("health_models", within=self.settings.health.timeout_seconds)
         serving: dict[str, Row] = {}
         for row in rows:

@@ -68,7 +68,7 @@ class DatabaseProbes:
 
     def _store(self) -> Store:
         if self.store is None:
-            raise StoreUnavailable("no database is named: set MT5_DATABASE_URL, or start `mt5 up`")
+            raise StoreUnavailable("No database is named or runs here")
         return self.store
 
     async def _row(self, name: str) -> Row:
@@ -81,8 +81,8 @@ class DatabaseProbes:
         try:
             row = await self._row("health_server")
         except StoreUnavailable as error:
-            way = "nothing is lost, since the log keeps what is not archived; start it again, `mt5 doctor` says more"
-            return [result("database", "critical", f"{words(error)}: {way}.")]
+            way = "Nothing is lost, the log keeps what is not archived: start it again; `mt5 doctor` says more."
+            return [result("database", "critical", f"{words(error)}. {way}")]
         took = time.monotonic() - began
         status: Status = "ok"
         said = f"PostgreSQL {row['version']} answers, {row['connections']} of {row['most']} connections are in use"
