@@ -49,7 +49,9 @@ def calendar_of(times: list[int], timeframe: str = "M1") -> Calendar:
 LONG = market(at("2024-12-01"), at("2025-03-29"))
 CALENDAR = calendar_of([ts for ts in LONG if ts < at("2025-02-22")])
 CALM = [ts for ts in LONG if at("2025-02-16") <= ts < at("2025-02-22")]
-CHANGED = [ts for ts in LONG if at("2025-03-09") <= ts < at("2025-03-22")]  # New York's clock has moved, Europe's has not
+CHANGED = [
+    ts for ts in LONG if at("2025-03-09") <= ts < at("2025-03-22")
+]  # New York's clock has moved, Europe's has not
 
 
 def outcome(calendar: Calendar, head: int, silence: int, ragged: int) -> None:
@@ -81,9 +83,15 @@ def test_the_weeks_of_changing_clocks_cost_an_hour_at_most(head: int, silence: i
 @pytest.mark.parametrize("timeframe", ["M5", "M15", "H1", "H4"])
 def test_longer_bars_are_no_different(timeframe: str) -> None:
     step = SECONDS[timeframe]
-    times = market(at("2024-12-01"), at("2025-02-22"), step) if step <= HOUR else [
-        ts for ts in range(at("2024-12-01"), at("2025-02-22"), step) if any(map(is_open, range(ts, ts + step, HOUR)))
-    ]
+    times = (
+        market(at("2024-12-01"), at("2025-02-22"), step)
+        if step <= HOUR
+        else [
+            ts
+            for ts in range(at("2024-12-01"), at("2025-02-22"), step)
+            if any(map(is_open, range(ts, ts + step, HOUR)))
+        ]
+    )
     calendar = calendar_of(times, timeframe)
     week = [ts for ts in times if ts >= at("2025-02-16")]
     for head, following in zip(week, week[1:], strict=False):
