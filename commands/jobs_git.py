@@ -50,7 +50,9 @@ class Checkout:
         """Raises JobFailed where the remote does not answer."""
         ran = self._ask("fetch", "--quiet", "--prune", REMOTE, seconds=FETCH_SECONDS)
         if ran.code != 0:
-            raise JobFailed(f"{REMOTE} could not be fetched: is the network up, and the deploy key in place?", ran.tail())
+            raise JobFailed(
+                f"{REMOTE} could not be fetched: is the network up, and the deploy key in place?", ran.tail()
+            )
 
     def target(self, wanted: str | None) -> str:
         """The revision to go to: that which is asked for, else the newest of the branch as the remote has it."""

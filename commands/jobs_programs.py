@@ -82,7 +82,9 @@ def run(
         except subprocess.TimeoutExpired:
             _end(process)
             lines = last_lines(output.read_text(errors="replace")) if output is not None else ()
-            raise JobFailed(f"`{shlex.join(argv)}` had not ended after {seconds:g} s, and was stopped.", lines) from None
+            raise JobFailed(
+                f"`{shlex.join(argv)}` had not ended after {seconds:g} s, and was stopped.", lines
+            ) from None
         except BaseException:
             _end(process)
             raise
