@@ -2,25 +2,53 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import re
 from collections.abc import Sequence
 from datetime import UTC
 from email.errors import HeaderParseError
-from email.headerregistry import Address
+from email.headerregistry import Address, HeaderRegistry, MessageIDHeader
 from email.message import EmailMessage
 from email.policy import SMTP
-from email.utils import format_datetime, parseaddr
-from typing import Final
+from email.utils import format_datetime, getaddresses
+from typing import Any, ClassVar, Final
 
 from actors.core.wording import body, headline, one_line
 from schema.health import Notice
 
-POLICY: Final = SMTP.clone(max_line_length=78)
 NO_DOMAIN: Final = "mt5.invalid"  # RFC 2606: belongs to nobody
+LINE: Final = 78  # characters of a header's line, as RFC 5322 wishes
+WORD: Final = 64  # longer plain words are encoded, so that lines can be folded
+CHUNK: Final = 39  # bytes of an encoded word: with the header's name they make a line of at most 76
 
-_ADDRESS: Final = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+(\.[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+)*@[A-Za-z0-9.-]+")
+_ADDRESS: Final = re.compile(
+    r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+(\.[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+)*@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*"
+)
 _CONTENT_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class _Subject:
+    """A subject that is folded here: the library decodes what looks like an encoded word within a text, so that
+    ``=?utf-8?b?Cg==?=`` in a title ends the line (CVE-2024-6923), and loses spaces between encoded words.
+    """
+
+    name: str
+    max_count: ClassVar[int] = 1
+
+    @classmethod
+    def parse(cls, value: str, kwds: dict[str, Any]) -> None:
+        kwds["parse_tree"] = None
+        kwds["decoded"] = value
+
+    def fold(self, *, policy: Any) -> str:
+        return f"{self.name}: {_folded(str(self), len(self.name) + 2)}{policy.linesep}"
+
+
+_headers = HeaderRegistry()
+_headers.map_to_type("subject", _Subject)
+_headers.map_to_type("references", MessageIDHeader)  # as text a long one would be encoded
+POLICY: Final = SMTP.clone(max_line_length=LINE, header_factory=_headers)
 
 
 def address(text: str) -> Address:
@@ -29,8 +57,10 @@ def address(text: str) -> Address:
     Raises:
         ValueError: it is none. Quoted local parts and addresses outside ASCII are not taken: many servers refuse them.
     """
-    name, spec = parseaddr(text)
-    if one_line(text) != text.strip() or not _ADDRESS.fullmatch(spec) or len(spec) > 254:
+    name, spec = (getaddresses([text]) or [("", "")])[0]
+    whole = text.strip() == spec or text.strip().endswith(f"<{spec}>")  # the parser takes the first of several
+    plain = one_line(text) == text.strip() and "=?" not in text  # what looks like an encoded word would be decoded
+    if not whole or not plain or not _ADDRESS.fullmatch(spec) or len(spec) > 254:
         raise ValueError(
             f'"{one_line(text)}" is no mail address: write it as name@example.org or Name <name@example.org>.'
         )
@@ -95,6 +125,32 @@ def compose(notice: Notice, sender: Address, recipients: Sequence[Address]) -> E
 def flatten(mail: EmailMessage) -> bytes:
     """The mail as it goes over the wire: ASCII only, lines end in CRLF."""
     return mail.as_bytes(policy=POLICY)
+
+
+def _folded(text: str, used: int) -> str:
+    """One line of text as the value of a header whose name takes ``used`` characters; RFC 2047 where it is not plain."""
+    words = text.split(" ")
+    if not text.isascii() or "=?" in text or max(map(len, words)) > WORD:
+        return "\r\n ".join(f"=?utf-8?b?{base64.b64encode(chunk).decode()}?=" for chunk in _chunks(text))
+    lines = [words[0]]
+    for word in words[1:]:
+        room = LINE - (used if len(lines) == 1 else 1)
+        if len(lines[-1]) + 1 + len(word) <= room:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return "\r\n ".join(lines)
+
+
+def _chunks(text: str) -> list[bytes]:
+    """UTF-8 in pieces that make encoded words of less than 75 characters; no character is split."""
+    pieces = [b""]
+    for character in text:
+        encoded = character.encode()
+        if len(pieces[-1]) + len(encoded) > CHUNK:
+            pieces.append(b"")
+        pieces[-1] += encoded
+    return pieces
 
 
 def _bound(mail: EmailMessage, seed: str) -> None:
