@@ -311,8 +311,13 @@ def find_service(loaded: Loaded, checkout: Path, program: Program, command: str 
         JobFailed: something runs that nobody could restart.
     """
     if command is not None:
-        words = shlex.split(command)
-        return Installed(program, f"`{command}`", lambda: _run_restart(words, checkout))
+        try:
+            words = shlex.split(command)
+        except ValueError as error:
+            raise JobFailed(f"--restart is no command: {error}.") from None
+        if not words:
+            raise JobFailed("--restart names no command.")
+        return Installed(program, f"`{words[0]} …`", lambda: _run_restart(words, checkout))
     if composed(checkout):
         return Composed(checkout, log)
     units = active_units()

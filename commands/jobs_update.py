@@ -204,8 +204,8 @@ class Updater:
         if target == here.revision:
             return Outcome(True, f"{short(target)} is the newest, and runs from newer images.", tuple(self._notes))
         commits = self._checkout.subjects(here.revision, target)
-        summary = f"{short(target)} runs since now, and {short(here.revision)} did before ({self._service.words})."
-        return Outcome(True, summary, (*self._notes, *commits))
+        summary = f"{short(target)} runs in the place of {short(here.revision)}."
+        return Outcome(True, summary, (*self._notes, *commits, f"Restarted: {self._service.words}."))
 
     def _settle(self) -> None:
         self._memory.end()
