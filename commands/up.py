@@ -29,6 +29,7 @@ from commands.output import DONE, NO, WRONG, CommandError, say
 from commands.places import CLIENT, gateway_url
 from commands.settings import Loaded, read
 from deploy.home import Home, HomeBusy, end_leftovers
+from deploy.notify import Notifier
 from deploy.process import DeployError
 from deploy.server import free_port
 from deploy.supervisor import StartFailed, Supervisor
@@ -120,6 +121,7 @@ class _Servers:
 
 def _up(names: Sequence[str], *, isolate: bool, demo: list[str] | None) -> int:
     signal.signal(signal.SIGTERM, _leave)  # until the supervisor listens there is nothing to drain
+    notifier = Notifier.take(os.environ)  # first of all: nobody that we start may speak for us
     plan = processes(names, isolate=isolate)
     loaded = read()
     settings = loaded.settings
@@ -143,14 +145,14 @@ def _up(names: Sequence[str], *, isolate: bool, demo: list[str] | None) -> int:
             else:
                 home.create()
             servers = _servers(loaded, home)
-            supervisor = stack.enter_context(Supervisor(home, log))
+            supervisor = stack.enter_context(Supervisor(home, log, notifier))
             for server in (servers.nats, servers.postgres):
                 if server is not None:
                     supervisor.add_server(server)
             port = (settings.gateway.port or free_port()) if "collector" in actors else None
             with _importing_clients():
                 supervisor.start_servers()
-            if not asyncio.run(_prepare(loaded, servers, log, lambda: supervisor.stopping)):
+            if not asyncio.run(_prepare(loaded, servers, log, supervisor.interrupted)):
                 return DONE
             shared = _environment(loaded, port)
             for name, group in plan.items():
@@ -163,6 +165,7 @@ def _up(names: Sequence[str], *, isolate: bool, demo: list[str] | None) -> int:
             if embedded:
                 home.announce(gateway=gateway or "", nats=servers.nats_url, database=servers.database_url)
             page = f"{gateway}/" if gateway else ", ".join(actors)
+            supervisor.say_ready(f"Ready: {page}")
             say(f"Ready: {page} (state in {home.path}; Ctrl-C ends it)")
             if demo is not None:
                 given = {"MT5_NATS_URL": servers.nats_url, "MT5_DATABASE_URL": servers.database_url}
