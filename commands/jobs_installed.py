@@ -276,15 +276,12 @@ class Composed:
 
 
 def read_look(ran: Ran) -> Look:
-    """`health check --json`: an array of results, or an object that holds it as ``checks``."""
+    """What `health check --json` has found; an answer that is none is not health."""
     try:
-        answer = msgspec.json.decode(ran.out or "null", type=list[_Result] | _Results | None)
+        answer = msgspec.json.decode(ran.out, type=_Answer)
     except msgspec.DecodeError:
-        answer = None
-    if ran.code not in (0, 1) or answer is None:
         return Look(None, f"`health check` does not answer ({_last(ran)})")
-    results = answer.checks if isinstance(answer, _Results) else answer
-    failing = {result.check: result.status for result in results if result.status in PROBLEMS}
+    failing = {result.check: result.status for result in answer.results if result.status in PROBLEMS}
     return Look(failing, ", ".join(failing))
 
 
@@ -293,8 +290,8 @@ class _Result(msgspec.Struct):
     status: str
 
 
-class _Results(msgspec.Struct):
-    checks: list[_Result]
+class _Answer(msgspec.Struct):
+    results: list[_Result]
 
 
 def _last(ran: Ran) -> str:

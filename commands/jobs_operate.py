@@ -8,12 +8,12 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, TypeVar
 
 import msgspec
 
 from commands.jobs import ROOT, Job, Outcome
-from commands.jobs_programs import JobFailed, Ran, last_lines, run
+from commands.jobs_programs import JobFailed, Ran, run
 
 BACKUP_SECONDS: Final = 4 * 3_600.0
 VERIFY_SECONDS: Final = 4 * 3_600.0
@@ -22,17 +22,26 @@ LOOK_SECONDS: Final = 60.0
 
 
 def backup(job: Job) -> Outcome:
-    """Makes a backup, ships it, and proves it: a backup that was never restored is a hope."""
+    """Makes a backup, ships it, and proves it: one that was never restored is a hope."""
     made = _mt5("backup", "run", "--json", seconds=BACKUP_SECONDS)
-    if made.code != 0:
-        return Outcome(False, "No backup was made.", made.tail(), severity="critical")
-    name = _json(made).get("name", "latest")
-    verified = _mt5("backup", "verify", str(name), "--json", seconds=VERIFY_SECONDS)
-    if verified.code != 0:
-        lines = (*last_lines(made.err), *verified.tail())
-        return Outcome(False, f"The backup {name} was made, and is not whole.", lines, severity="critical")
-    where = "" if job.loaded.settings.backup.target else "; [backup] target names no place to ship it to"
-    return Outcome(True, f"The backup {name} was made and verified{where}.", last_lines(made.err))
+    verdict = _decode(made, _Made)
+    if made.code != 0 or verdict is None:
+        words = made.tail() if verdict is None else (verdict.message, *made.tail())
+        return Outcome(False, "No backup was made and shipped.", words, severity="critical")
+    verified = _mt5("backup", "verify", verdict.backup, "--json", seconds=VERIFY_SECONDS)
+    proof = _decode(verified, _Proof)
+    if verified.code != 0 or proof is None:
+        defects = () if proof is None else tuple(f"{defect.path} {defect.problem}" for defect in proof.problems)
+        words = (verdict.message, *(defects or verified.tail()))
+        return Outcome(False, f"The backup {verdict.backup} was made, and is not whole.", words, severity="critical")
+    details = [
+        verdict.message,
+        f"Restored for proof: {proof.rows:,} rows of {proof.tables} tables, {proof.streams} streams.",
+    ]
+    details += [f"left out: {file}" for file in verdict.left_out]
+    if not job.loaded.settings.backup.target:
+        details.append("It lies on this machine only: [backup] target names a place to ship it to.")
+    return Outcome(True, f"The backup {verdict.backup} was made and verified.", tuple(details))
 
 
 def report(job: Job) -> Outcome:
@@ -70,10 +79,34 @@ def _mt5(*words: str, seconds: float) -> Ran:
     return run((sys.executable, str(ROOT / "runner.py"), *words), cwd=Path.cwd(), seconds=seconds)
 
 
-def _json(ran: Ran) -> dict[str, Any]:
-    """The object that a command answers with; empty where it is none."""
+class _Made(msgspec.Struct):
+    """What matters here of `backup run --json`."""
+
+    message: str
+    backup: str
+    left_out: list[str] = []
+
+
+class _Defect(msgspec.Struct):
+    path: str
+    problem: str
+
+
+class _Proof(msgspec.Struct):
+    """What matters here of `backup verify --json`."""
+
+    rows: int
+    tables: int
+    streams: int
+    problems: list[_Defect] = []
+
+
+A = TypeVar("A", bound=msgspec.Struct)
+
+
+def _decode(ran: Ran, kind: type[A]) -> A | None:
+    """The object that a command answers with; None where it is none."""
     try:
-        found = msgspec.json.decode(ran.out)
+        return msgspec.json.decode(ran.out, type=kind)
     except msgspec.DecodeError:
-        return {}
-    return found if isinstance(found, dict) else {}
+        return None

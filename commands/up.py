@@ -319,11 +319,16 @@ async def _migrate(servers: _Servers, log: Any) -> CommandError | None:
     from bus.migrate import MigrationError, migrate, status
 
     try:
-        if servers.postgres is None and not (await status(servers.database_url)).pending:
-            return None  # most often; and a role without the right to migrate may run actors
+        state = await status(servers.database_url)
     except MigrationError as error:
+        if servers.postgres is not None:
+            return CommandError(str(error), NO)
         # The hot path never waits for the database: an actor starts without it, and says what it lacks.
         log.warning("database not checked", action="up.migrate", error=str(error))
+        return None
+    if not state.pending:  # most often; and a role without the right to migrate may run actors
+        if state.unknown:  # a newer version was here and was put back: it has only added to what this one knows
+            log.warning("the database is newer than this version", action="up.migrate", version=state.unknown[-1])
         return None
     try:
         for version in await migrate(servers.database_url):
