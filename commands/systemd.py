@@ -33,7 +33,7 @@ MARK: Final = "# Made by `mt5 install-systemd`, which writes it anew: change it 
 
 WHOLE: Final = ("mt5.service",)
 PER_ACTOR: Final = ("mt5.target", "mt5-setup.service", "mt5@.service")
-OF_CHECKOUT: Final = ("mt5-tests", "mt5-update")  # an installed package has neither tests nor revisions
+OF_CHECKOUT: Final = ("mt5-tests", "mt5-update", "mt5-update@")  # an installed package has neither tests nor revisions
 UNIT: Final = re.compile(r".*\.(service|timer|path|target)")
 
 # What the files in deploy/systemd say, and units must say of this machine.
