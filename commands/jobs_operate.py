@@ -13,6 +13,7 @@ import msgspec
 
 from commands.jobs import ROOT, Job, Outcome
 from commands.jobs_programs import JobFailed, Ran, run
+from schema.health import CheckResult
 
 BACKUP_SECONDS: Final = 4 * 3_600.0
 VERIFY_SECONDS: Final = 4 * 3_600.0
