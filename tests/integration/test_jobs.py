@@ -476,7 +476,6 @@ def program(folder: Path, name: str, script: str) -> Path:
     [
         ("active", True, "The CI runner works."),
         ("failed", False, "The CI runner does not work: actions.runner.owner-mt5.host."),
-        ("inactive", False, "The CI runner does not work"),
     ],
 )
 def test_a_runner_that_is_down(
