@@ -187,23 +187,28 @@ def _make_folders(site: Site) -> None:
 def _check_runs(site: Site) -> None:
     """The account must be able to run the program: a checkout or a Python behind a closed folder is told now."""
     account = _account(site.user)
-    answer = subprocess.run(
-        [*site.program, "--help"],
-        cwd="/",
-        env={"PATH": os.defpath},
-        user=account.uid,
-        group=account.gid,
-        extra_groups=[],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if answer.returncode != 0:
-        words = (answer.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise CommandError(
-            f"{site.user} cannot run {' '.join(site.program)} ({words}): put the checkout where it can, such as {_CHECKOUT}.",
-            NO,
+    try:
+        answer = subprocess.run(
+            [*site.program, "--help"],
+            cwd="/",
+            env={"PATH": os.defpath},
+            user=account.uid,
+            group=account.gid,
+            extra_groups=[],
+            capture_output=True,
+            text=True,
+            check=False,
         )
+    except OSError as error:
+        words = error.strerror or str(error)
+    else:
+        if answer.returncode == 0:
+            return
+        words = (answer.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    raise CommandError(
+        f"{site.user} cannot run {' '.join(site.program)} ({words}): put the checkout where it can, such as {_CHECKOUT}.",
+        NO,
+    )
 
 
 def _account(user: str) -> Account:

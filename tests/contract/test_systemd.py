@@ -190,7 +190,7 @@ def test_only_what_must_may_write_the_checkout(name: str) -> None:
     unit = read(SOURCE / name)
     writable = set(" ".join(unit["Service.ReadWritePaths"]).split())
     assert "/var/lib/mt5" in writable
-    assert ("/opt/mt5" in writable) == (name in {"mt5-update.service", "mt5-update@.service", "mt5-tests.service"})
+    assert ("/opt/mt5" in writable) == name.startswith("mt5-update")
     assert unit["Service.User"] == ["mt5"]
 
 
@@ -219,8 +219,10 @@ def test_units_name_this_installation_and_no_default_is_left(tmp_path: Path) -> 
     assert read(tmp_path / "mt5-restart.path")["Path.PathChanged"] == ["/srv/candles/run/restart"]
     for path in tmp_path.iterdir():
         assert path.stat().st_mode & 0o777 == 0o644
-        assert "/opt/mt5" not in path.read_text().replace(str(ROOT), "")
-        assert "/var/lib/mt5" not in path.read_text()
+        # This checkout may itself lie below either, as that of the nightly tests does.
+        others = path.read_text().replace(sys.executable, "").replace(str(ROOT), "")
+        assert "/opt/mt5" not in others
+        assert "/var/lib/mt5" not in others
 
 
 def test_a_second_time_changes_nothing_and_a_changed_unit_is_written_anew(tmp_path: Path) -> None:
