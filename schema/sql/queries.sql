@@ -46,6 +46,14 @@ ON CONFLICT (reader, partition) DO UPDATE SET
 WHERE c.stream_seq = $7 AND c.stream_created = $8
 RETURNING c.stream_seq;
 
+-- For a restore: the streams hold the same messages again, and nats-server counts them as made anew.
+-- name: all_cursors
+SELECT reader, partition, stream_seq, stored_at FROM cursors;
+
+-- name: rebind_cursor
+-- reader, partition, stream_created
+UPDATE cursors SET stream_created = $3 WHERE reader = $1 AND partition = $2;
+
 -- The newest CANDLES sequence that the archive knows to be whole.
 -- name: highest_candles_seq
 SELECT coalesce(max(candles_seq), 0) FROM cursors;
