@@ -30,10 +30,12 @@ from actors.vault.threads import in_thread
 from actors.vault.unpack import return_data
 from actors.vault.whole import Restored, Tell, bring_back
 from bus.subjects import BACKUPS
-from commands.output import DONE, NO, WRONG, CommandError, complain, say, stderr_console, write_json
+from commands.backup import showing
+from commands.output import DONE, NO, WRONG, CommandError, complain, say, write_json
 from commands.places import CLIENT, Places, bus_of, find
-from commands.scratch import Servers, installs, practice, scratch_folder, servers
+from commands.scratch import Servers, practice, scratch_folder, servers
 from commands.settings import Loaded, read
+from commands.vault import postgres_bins
 from deploy.home import Home, HomeBusy, end_leftovers
 from deploy.process import DeployError
 from schema.backup import DUMP, BackupManifest
@@ -41,8 +43,6 @@ from schema.messages import BackupEvent
 from schema.sql import migrations
 
 if TYPE_CHECKING:
-    from rich.progress import TaskID
-
     from bus.client import Bus
 
 LATEST: Final = "latest"
@@ -66,7 +66,7 @@ async def verify(args: argparse.Namespace) -> int:
 
 async def _verify(args: argparse.Namespace) -> int:
     loaded = read()
-    with _progress() as tell, _scratch(loaded.home) as scratch:
+    with showing() as tell, _scratch(loaded.home) as scratch:
         found = await _located(loaded, args.backup, scratch, tell)
         proof = await prove(loaded, found, scratch, tell, quick=args.quick)
         if proof.ok and not args.quick and not proof.unproved:
@@ -149,7 +149,7 @@ async def _restore(args: argparse.Namespace) -> int:
     settings = loaded.settings
     home = Home(loaded.home)
     database = settings.database.direct_url or settings.database.url
-    with _told(), home, _progress() as tell:
+    with _told(), home, showing() as tell:
         end_leftovers(home)
         _refuse_used(home.path, nats=settings.nats.url is None, postgres=database is None)
         with _scratch(home.path) as scratch:
@@ -158,7 +158,9 @@ async def _restore(args: argparse.Namespace) -> int:
                 checked = await _checked(found.folder, tell)
                 _refuse_newer(checked)
                 folder, manifest = await _opened(loaded, found.folder, checked, scratch, tell)
-                with servers(scratch / SERVERS, lasting=True, database=database, nats=settings.nats.url) as ours:
+                with servers(
+                    scratch / SERVERS, postgres_bins(loaded), lasting=True, database=database, nats=settings.nats.url
+                ) as ours:
                     async with _bus(ours, loaded) as bus:
                         restored = await _bring_back(folder, manifest, ours, bus, scratch / FILES, tell)
                     await _settle(ours)
@@ -204,12 +206,12 @@ async def _restore(args: argparse.Namespace) -> int:
 async def _restore_into(args: argparse.Namespace) -> int:
     started = time.monotonic()
     loaded = read()
-    with _progress() as tell, _scratch(loaded.home) as scratch:
+    with showing() as tell, _scratch(loaded.home) as scratch:
         found = await _located(loaded, args.backup, scratch, tell)
         try:
             folder, manifest = await _opened(loaded, found.folder, await _checked(found.folder, tell), scratch, tell)
             tell(Step(stage="database"))
-            bins = installs() | loaded.settings.backup.postgres_bins
+            bins = postgres_bins(loaded)
             complaint = await restore_database(args.into, folder / DUMP, manifest, bins, parallel=False)
             tell(Step(stage="comparison"))
             problems = await differences(args.into, manifest)
@@ -317,7 +319,7 @@ async def drill(args: argparse.Namespace) -> int:
 async def _drill(args: argparse.Namespace) -> int:
     loaded = read()
     at = Path(args.home).expanduser().absolute() if args.home else None  # noqa: ASYNC240 - no file is touched
-    with _progress() as tell:
+    with showing() as tell:
         done = await practise(loaded, at, tell)
     await _announce(
         loaded,
@@ -375,7 +377,7 @@ async def practise(loaded: Loaded, at: Path | None, tell: Tell) -> Drill:
             async with _drill_servers(loaded, scratch, lasting=at is not None) as ours:
                 async with _bus(ours, loaded) as bus:
                     restored = await _bring_back(folder, manifest, ours, bus, scratch / FILES, tell)
-                    if bus is not None:
+                    if bus is not None and manifest.migration:  # else nothing of ours was ever in it
                         tell(Step(stage="signals"))
                         signals, problem = await _sample(ours, bus, loaded, scratch / FILES / HOME)
                 if at is not None:
@@ -413,7 +415,7 @@ async def _drill_servers(loaded: Loaded, scratch: Path, *, lasting: bool) -> Asy
         async with _practice(loaded, scratch) as ours:
             yield ours
         return
-    with _told(), servers(scratch / SERVERS, lasting=True) as ours:
+    with _told(), servers(scratch / SERVERS, postgres_bins(loaded), lasting=True) as ours:
         yield ours
 
 
@@ -532,7 +534,7 @@ async def _opened(
 @asynccontextmanager
 async def _practice(loaded: Loaded, scratch: Path) -> AsyncIterator[Servers]:
     with _told():
-        async with practice(scratch / SERVERS, find(loaded).database) as ours:
+        async with practice(scratch / SERVERS, postgres_bins(loaded), find(loaded).database) as ours:
             yield ours
 
 
@@ -640,23 +642,3 @@ async def _stoppable(work: Coroutine[Any, Any, int]) -> int:
         raise CommandError("Stopped: nothing is left of it.") from None
     finally:
         loop.remove_signal_handler(signal.SIGTERM)
-
-
-@contextmanager
-def _progress() -> Iterator[Tell]:
-    """A bar on a terminal; silence elsewhere."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = stderr_console()
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        tasks: dict[str, TaskID] = {}
-
-        def tell(step: Step) -> None:
-            if step.stage not in tasks:
-                for task in tasks.values():
-                    progress.stop_task(task)
-                tasks[step.stage] = progress.add_task(step.stage, total=step.total or None)
-            progress.update(tasks[step.stage], completed=step.done, total=step.total or None)
-
-        yield tell

@@ -93,7 +93,9 @@ def _remove_unused(folder: Path) -> None:
 
 
 @contextmanager
-def servers(folder: Path, *, lasting: bool, database: str | None = None, nats: str | None = None) -> Iterator[Servers]:
+def servers(
+    folder: Path, bins: dict[str, str], *, lasting: bool, database: str | None = None, nats: str | None = None
+) -> Iterator[Servers]:
     """The given servers, and our own with their state under ``folder`` where none is given.
 
     ``lasting``: what our own hold is kept. It is on the disk once PostgreSQL has made its checkpoint.
@@ -101,17 +103,16 @@ def servers(folder: Path, *, lasting: bool, database: str | None = None, nats: s
     Raises DeployError where this machine has no such server.
     """
     with ExitStack() as stack:
-        bins = installs()
         nats = nats or _start_nats(stack, folder)
         own_database = database is None
         if database is None:
             database, own = _start_postgres(stack, folder, FILLING if lasting else PASSING)
-            bins |= own
+            bins = bins | own
         yield Servers(database, own_database, nats, bins)
 
 
 @asynccontextmanager
-async def practice(folder: Path, given_database: str | None) -> AsyncIterator[Servers]:
+async def practice(folder: Path, bins: dict[str, str], given_database: str | None) -> AsyncIterator[Servers]:
     """Servers that a backup is brought back to for practice: our own; nothing of it is left.
 
     Where this machine has no PostgreSQL of its own, as in a container, a scratch database on the given server is taken;
@@ -124,15 +125,15 @@ async def practice(folder: Path, given_database: str | None) -> AsyncIterator[Se
         except DeployError as error:
             missing = str(error)
         try:
-            database, bins = _start_postgres(stack, folder, PASSING)
+            database, own = _start_postgres(stack, folder, PASSING)
         except DeployError:
             if given_database is None:
                 raise
         else:
-            yield Servers(database, True, nats, installs() | bins, missing)
+            yield Servers(database, True, nats, bins | own, missing)
             return
         async with _database(given_database) as url:
-            yield Servers(url, True, nats, installs(), missing)
+            yield Servers(url, True, nats, bins, missing)
 
 
 @asynccontextmanager
@@ -154,13 +155,6 @@ async def _database(url: str) -> AsyncIterator[str]:
         raise NotRestored(
             f"No scratch database can be made: {error} It needs a role with CREATEDB, or PostgreSQL's programs on this machine."
         ) from error
-
-
-def installs() -> dict[str, str]:
-    """PostgreSQL's programs that are installed here: major version → folder."""
-    from deploy import pginstall
-
-    return {str(major): str(folder) for major, folder in pginstall.installs().items()}
 
 
 def _start_nats(stack: ExitStack, folder: Path) -> str:

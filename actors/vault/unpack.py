@@ -39,7 +39,7 @@ def unpack(archive: Path, target: Path, count: Count = deaf) -> int:
     files = done = 0
     try:
         # A stream: a member's bytes are read once, in order, and no index of all of them is kept.
-        with tarfile.open(archive, "r|gz") as tar:
+        with gzip.open(archive) as content, tarfile.open(fileobj=content, mode="r|") as tar:
             for member in tar:
                 path = _inside(member.name)
                 if any(parent in links for parent in (path, *path.parents)):
@@ -60,6 +60,8 @@ def unpack(archive: Path, target: Path, count: Count = deaf) -> int:
                     os.chown(place, member.uid, member.gid)
                     place.chmod(member.mode & 0o777)
                 tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every head that it has read
+            while content.read(BLOCK):
+                pass  # to the end, where the checksum of all of it stands
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise BadArchive(f"it cannot be unpacked ({error})") from error
     except FileExistsError as error:
