@@ -23,11 +23,11 @@ from typing import Any, Final
 import msgspec
 import pytest
 
+from actors.monitor.journal import Journal
 from commands.jobs import Job, Outcome, run_job
 from commands.jobs_audit import audit
 from commands.jobs_operate import runner
 from commands.jobs_programs import JobFailed, run
-from commands.jobs_tell import _open
 from commands.jobs_tests import tests as run_tests
 from commands.jobs_tests import tools
 from commands.output import CommandError
@@ -176,7 +176,7 @@ def test_a_living_monitor_is_left_to_send_it(home: Path, mailbox: Mailbox) -> No
     """It looks at everything once more and empties the outbox: nobody else sends."""
     monitor = threading.Thread(target=live, args=(home, 1))
     run_job("tests", asked(mail="never"), lambda job: Outcome(True, "Fine."))
-    _open(home / "health_checks.db").close()
+    Journal.open(home).close()
     check(home)
     monitor.start()
     began = time.monotonic()
@@ -193,7 +193,7 @@ def test_a_monitor_that_has_died_just_now_is_not_waited_for_in_vain(
     monkeypatch.setenv("MT5_HEALTH_INTERVAL_SECONDS", "0.5")
     monkeypatch.setenv("MT5_HEALTH_TIMEOUT_SECONDS", "0.5")
     home.mkdir(mode=0o700)
-    _open(home / "health_checks.db").close()
+    Journal.open(home).close()
     check(home)
     run_job("update", asked(), lambda job: Outcome(False, "It has ended the monitor."))
     assert subjects(mailbox) == ["[MT5] update failed: It has ended the monitor."]
@@ -212,6 +212,21 @@ def test_a_mail_server_that_is_away_loses_nothing(
         run_job("tests", asked(), lambda job: Outcome(True, "Second."))
         wait_until(lambda: len(box.received) == 2, 5, "both mails")
     assert subjects(box) == ["[MT5] update failed: First.", "[MT5] tests: Second."]
+
+
+def test_a_home_that_takes_no_file_keeps_no_mail_back(
+    home: Path, mailbox: Mailbox, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a full disk would, folders in their places refuse the result and the outbox."""
+    run_job("update", asked(mail="never"), lambda job: Outcome(True, "Fine."))
+    for name in ("jobs/update.json", "health_checks.db"):
+        (home / name).unlink(missing_ok=True)
+        (home / name).mkdir()
+    assert run_job("update", asked(), lambda job: Outcome(False, "No room.")) == 1
+    assert subjects(mailbox) == ["[MT5] update failed: No room."]
+    said = capsys.readouterr().err
+    assert "the result is not kept" in said
+    assert "Told by smtp." in said
 
 
 def test_a_sender_that_is_configured_by_half_is_a_failure(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
