@@ -1,0 +1,246 @@
+"""What the journal of checks says of a period, summed up by SQLite itself: a day is some hundred thousand rows.
+
+A connection of its own, which reads only, so that a report neither waits for the monitor nor holds it up; it belongs to one
+thread.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, NamedTuple, cast
+
+import msgspec
+
+from actors.core.daily import SLOTS, Incident, Line, Look, Service, Watch, worst
+from schema.health import Severity, Status
+
+BUSY_SECONDS: Final = 5.0
+MOST_INCIDENTS: Final = 50  # of a period, the newest
+LATE: Final = 600.0  # seconds after which a notice that nobody has taken is late
+MONTH: Final = 30 * 86_400
+BIN: Final = 3 * 3_600  # seconds of a line's point
+HOLD: Final = 900.0  # seconds that a result stands: what has not changed is kept less often later on
+MOST_FAILING: Final = 20  # checks of a service that are named
+
+# Kinds of checks as people call them, in the order in which they are told. Actors are told one by one, before these.
+KINDS: Final = {
+    "endpoint": "Web and API",
+    "nats": "NATS",
+    "database": "PostgreSQL",
+    "pgbouncer": "PgBouncer",
+    "feed": "Feeds",
+    "model": "Models",
+    "disk": "Disks",
+    "backup": "Backups",
+    "certificate": "Certificates",
+    "container": "Containers",
+    "runner": "CI runner",
+    "outbox": "Notifications",
+    "event": "Told by actors",
+}
+ACTORS: Final = ("collector", "features", "emitter", "recorder", "scorer", "trainer", "health", "backup")
+
+
+class JournalMissing(Exception):
+    """There is no journal, or it cannot be read; the message is a sentence."""
+
+
+class _Check(NamedTuple):
+    name: str
+    status: Status
+    message: str
+    fine: float | None
+    slow: float | None
+    strip: tuple[Look, ...]
+
+
+def watched(file: Path, since: datetime, until: datetime, interval: float) -> Watch:
+    """The period as the monitor saw it; ``interval`` is the seconds from one round of checks to the next.
+
+    Raises:
+        JournalMissing: see there.
+    """
+    with _reading(file) as connection:
+        start, end = since.timestamp(), until.timestamp()
+        checks = list(_checks(connection, start, end))
+        return Watch(
+            services=tuple(_services([check for check in checks if check.status != "skipped"])),
+            absent=tuple(sorted({_label(check.name) for check in checks if check.status == "skipped"})),
+            covered=_covered(connection, start, end, interval),
+            incidents=tuple(_incidents(connection, start, end)),
+            waiting=connection.execute(
+                "SELECT count(*) FROM outbox WHERE sent_at IS NULL AND queued_at < ?", (end - LATE,)
+            ).fetchone()[0],
+        )
+
+
+def history(file: Path, until: datetime) -> tuple[list[Line], list[Line]]:
+    """The month's lines of the disks' free shares and of the database's size, in points of three hours.
+
+    Raises:
+        JournalMissing: see there.
+    """
+    end = until.timestamp()
+    with _reading(file) as connection:
+        rows = connection.execute(
+            """SELECT "check", unit, CAST(at / ? AS INTEGER) * ? AS bin, avg(value) FROM checks
+            WHERE at >= ? AND at < ? AND value IS NOT NULL AND ("check" LIKE 'disk.%' OR "check" = 'database.size')
+            GROUP BY "check", unit, bin ORDER BY "check", bin""",
+            (BIN, BIN, end - MONTH, end),
+        ).fetchall()
+    lines: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
+    for check, unit, at, value in rows:
+        ts, values = lines.setdefault((check, unit), ([], []))
+        ts.append(float(at))
+        values.append(float(value))
+    disks = [
+        Line(name=check.partition(".")[2], ts=tuple(ts), values=tuple(values if max(values) <= 1 else _percent(values)))
+        for (check, unit), (ts, values) in lines.items()
+        if check.startswith("disk.") and unit.lower() not in ("b", "bytes", "byte")
+    ]
+    sizes = [
+        Line(name="database", ts=tuple(ts), values=tuple(values))
+        for (check, _), (ts, values) in lines.items()
+        if check == "database.size"
+    ]
+    return disks, sizes
+
+
+def _percent(values: Iterable[float]) -> list[float]:
+    return [value / 100 for value in values]
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[sqlite3.Connection]:
+    if not file.is_file():
+        raise JournalMissing("The health monitor has written nothing here: start it with `mt5 up health`.")
+    try:
+        with closing(
+            sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, timeout=BUSY_SECONDS)
+        ) as connection:
+            yield connection
+    except sqlite3.Error as error:
+        raise JournalMissing(f"{file} cannot be read ({error}): `mt5 health check` says more.") from error
+
+
+def _checks(connection: sqlite3.Connection, start: float, end: float) -> Iterator[_Check]:
+    """Every check of the period, by name."""
+    width = (end - start) / SLOTS
+    strips: dict[str, list[Look]] = {}
+    looks: dict[str, tuple[int, int]] = {}
+    for name, slot, look, number, failed in connection.execute(
+        """SELECT "check", min(CAST((at - ?1) / ?3 AS INTEGER), ?4) AS slot,
+            max(CASE status WHEN 'critical' THEN 2 WHEN 'warning' THEN 1 WHEN 'ok' THEN 0 ELSE -1 END),
+            sum(status <> 'skipped'), sum(status = 'critical')
+        FROM checks WHERE at >= ?1 AND at < ?2 GROUP BY "check", slot""",
+        (start, end, width, SLOTS - 1),
+    ):
+        strips.setdefault(name, [-1] * SLOTS)[slot] = look
+        before, worse = looks.get(name, (0, 0))
+        looks[name] = before + number, worse + failed
+    slow = dict(
+        connection.execute(
+            """SELECT "check", min(latency) FROM (
+                SELECT "check", latency, percent_rank() OVER (PARTITION BY "check" ORDER BY latency) AS rank
+                FROM checks WHERE at >= ? AND at < ? AND status <> 'skipped'
+            ) WHERE rank >= 0.95 OR rank = 1 GROUP BY "check" """,
+            (start, end),
+        ).fetchall()
+    )
+    # Of a group with max(), SQLite takes the other columns from the row that has it.
+    for name, status, message, _ in connection.execute(
+        'SELECT "check", status, message, max(at) FROM checks WHERE at >= ? AND at < ? GROUP BY "check" ORDER BY "check"',
+        (start, end),
+    ):
+        number, failed = looks[name]
+        yield _Check(
+            name=name,
+            status=cast(Status, status),
+            message=message,
+            fine=1 - failed / number if number else None,
+            slow=slow.get(name),
+            strip=tuple(strips[name]),
+        )
+
+
+def _services(checks: Sequence[_Check]) -> Iterator[Service]:
+    """Actors one by one, then the other kinds, each as one."""
+    groups: dict[str, list[_Check]] = {}
+    for check in checks:
+        groups.setdefault(_group(check.name), []).append(check)
+    known = [*(f"actor.{name}" for name in ACTORS), *KINDS]
+    for group in sorted(groups, key=lambda group: (known.index(group) if group in known else len(known), group)):
+        yield _service(_label(group), groups[group])
+
+
+def _service(name: str, checks: Sequence[_Check]) -> Service:
+    status = worst(check.status for check in checks)
+    failing = tuple(check.name for check in checks if check.status in ("warning", "critical"))
+    message = next(check.message for check in checks if check.status == status)
+    fine = [check.fine for check in checks if check.fine is not None]
+    slow = [check.slow for check in checks if check.slow is not None]
+    return Service(
+        name=name,
+        status=status,
+        message=message,
+        checks=len(checks),
+        failing=failing[:MOST_FAILING],
+        fine=min(fine, default=None),
+        slow=max(slow, default=None),
+        strip=tuple(max(looks) for looks in zip(*(check.strip for check in checks), strict=True)),
+    )
+
+
+def _group(check: str) -> str:
+    kind = check.partition(".")[0]
+    return check if kind == "actor" else kind
+
+
+def _label(group: str) -> str:
+    kind, _, rest = group.partition(".")
+    return rest if kind == "actor" else KINDS.get(kind, kind)
+
+
+def _covered(connection: sqlite3.Connection, start: float, end: float, interval: float) -> float:
+    """The share of the period in which looks followed each other as they should, from the first look ever on."""
+    (first,) = connection.execute("SELECT min(at) FROM checks").fetchone()
+    if first is None or first >= end:
+        return 0.0
+    start = max(start, first)
+    most = max(3 * interval, HOLD)
+    (silent,) = connection.execute(
+        """SELECT coalesce(sum(gap), 0) FROM (
+            SELECT at - lag(at, 1, ?1) OVER (ORDER BY at) AS gap FROM (
+                SELECT at FROM checks WHERE at >= ?1 AND at < ?2 UNION ALL SELECT ?2
+            )
+        ) WHERE gap > ?3""",
+        (start, end, most),
+    ).fetchone()
+    return float(1 - min(silent, end - start) / (end - start))
+
+
+def _incidents(connection: sqlite3.Connection, start: float, end: float) -> Iterator[Incident]:
+    """Those that were open within the period, newest first."""
+    for opened, closed, severity, title, checks in connection.execute(
+        """SELECT opened_at, closed_at, severity, title, checks FROM incidents
+        WHERE opened_at < ? AND (closed_at IS NULL OR closed_at >= ?) ORDER BY opened_at DESC LIMIT ?""",
+        (end, start, MOST_INCIDENTS),
+    ):
+        yield Incident(
+            title=title,
+            severity=cast(Severity, severity),
+            opened_at=datetime.fromtimestamp(opened, UTC),
+            closed_at=None if closed is None else datetime.fromtimestamp(closed, UTC),
+            checks=tuple(str(check) for check in _names(checks)),
+        )
+
+
+def _names(text: str) -> Sequence[Any]:
+    try:
+        return msgspec.json.decode(text, type=list[str])
+    except msgspec.DecodeError:  # another release's; the title says what matters
+        return ()

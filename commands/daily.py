@@ -1,0 +1,137 @@
+"""``health report``: the daily report on the terminal, as a page, as JSON, or on its way by mail."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from commands.output import DONE, NO, WRONG, CommandError, say, stderr_console, write_json
+from commands.places import Places, bus_of, find, store_of
+from commands.settings import Loaded, read
+
+if TYPE_CHECKING:
+    from actors.core.daily import Daily
+    from actors.monitor.report import ReportSent, Sources
+
+ANSWER_SECONDS: Final = 180.0  # for the monitor to gather, draw and queue a report on a busy machine
+
+
+async def report(args: argparse.Namespace) -> int:
+    """``health report [--html FILE] [--day DATE] [--mail] [--json]``.
+
+    Raises:
+        CommandError: the date is none, the file cannot be written, or the mail cannot leave.
+    """
+    loaded = read()
+    now = datetime.now(UTC)
+    day = day_of(args.day, now)
+    if args.mail:
+        sent = await mail(loaded, now, day)
+        if args.json:
+            write_json(sent)
+        else:
+            say(sent.title)
+    if args.html is None and args.mail:
+        return DONE
+    from actors.core import daily as words
+
+    made = await _gathered(loaded, now, day)
+    if args.html is not None:
+        file = await _written(made, Path(args.html).expanduser(), loaded.home)
+    if args.json:
+        if not args.mail:
+            write_json(made)
+    elif args.html is not None:
+        say(f"The report is in {file}: {words.headline(made).text.lower()}.")
+    else:
+        for line in words.lines(made):
+            say(line)
+    return DONE
+
+
+def day_of(text: str | None, now: datetime) -> date | None:
+    """The day that was asked for; None for the hours up to now. Raises CommandError."""
+    if text is None:
+        return None
+    try:
+        day = date.fromisoformat(text)
+    except ValueError:
+        raise CommandError(f'"{text}" is no date: --day takes one such as {now:%Y-%m-%d}.', WRONG) from None
+    if day > now.date():
+        raise CommandError(f"{day} is still to come: --day takes today or a day before it.", WRONG)
+    return day
+
+
+async def _gathered(loaded: Loaded, now: datetime, day: date | None) -> Daily:
+    from actors.monitor.report import gather
+
+    with stderr_console().status("gathering the report"):
+        async with _sources(loaded) as sources:
+            return await gather(sources, now, day)
+
+
+@asynccontextmanager
+async def _sources(loaded: Loaded) -> AsyncIterator[Sources]:
+    """What can be reached from here; why the rest cannot is for the report to say."""
+    from actors.monitor.report import Sources
+    from bus.client import Bus
+    from bus.store import Store
+
+    places = find(loaded)
+    bus: Bus | None = None
+    store: Store | None = None
+    async with AsyncExitStack() as stack:
+        no_bus = no_store = ""
+        try:
+            bus = await stack.enter_async_context(bus_of(places, loaded))
+        except CommandError as error:
+            no_bus = str(error)
+        try:
+            store = await stack.enter_async_context(store_of(places))
+        except CommandError as error:
+            no_store = str(error)
+        yield Sources(loaded.settings, loaded.home, bus, store, no_bus, no_store)
+
+
+async def _written(made: Daily, file: Path, home: Path) -> Path:
+    """The report as a page that stands alone. Raises CommandError."""
+    from actors.monitor.report import drawn
+    from actors.monitor.report_page import page
+
+    made, pictures = await drawn(made, home)
+    text = page(made, inline(pictures), mail=False)
+    try:
+        await asyncio.to_thread(file.write_text, text, encoding="utf-8")
+    except OSError as error:
+        raise CommandError(f"{file} cannot be written ({error.strerror}): name another with --html.", WRONG) from error
+    return file
+
+
+def inline(pictures: Mapping[str, bytes]) -> dict[str, str]:
+    """Pictures as parts of the page itself."""
+    return {name: f"data:image/png;base64,{base64.b64encode(data).decode()}" for name, data in pictures.items()}
+
+
+# --- by mail -----------------------------------------------------------------------------------------------------
+
+
+async def mail(loaded: Loaded, now: datetime, day: date | None) -> ReportSent:
+    """Queues the report as the schedule would: by the monitor where it works, else by us, through the same outbox.
+
+    Raises:
+        CommandError: nobody is to be told, or it cannot be queued.
+    """
+    raise NotImplementedError
+
+
+async def _by_monitor(places: Places, loaded: Loaded, day: date | None) -> ReportSent | None:
+    raise NotImplementedError
+
+
+__all__ = ["NO", "day_of", "inline", "mail", "report"]
