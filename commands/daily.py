@@ -36,14 +36,14 @@ async def report(args: argparse.Namespace) -> int:
         if args.json:
             write_json(sent)
         else:
-            say(sent.title)
+            say(said(sent))
     if args.html is None and args.mail:
         return DONE
     from actors.core import daily as words
 
     made = await _gathered(loaded, now, day)
     if args.html is not None:
-        file = await _written(made, Path(args.html).expanduser(), loaded.home)
+        file = await _written(made, args.html, loaded.home)
     if args.json:
         if not args.mail:
             write_json(made)
@@ -99,7 +99,7 @@ async def _sources(loaded: Loaded) -> AsyncIterator[Sources]:
         yield Sources(loaded.settings, loaded.home, bus, store, no_bus, no_store)
 
 
-async def _written(made: Daily, file: Path, home: Path) -> Path:
+async def _written(made: Daily, name: str, home: Path) -> str:
     """The report as a page that stands alone. Raises CommandError."""
     from actors.monitor.report import drawn
     from actors.monitor.report_page import page
@@ -107,10 +107,14 @@ async def _written(made: Daily, file: Path, home: Path) -> Path:
     made, pictures = await drawn(made, home)
     text = page(made, inline(pictures), mail=False)
     try:
-        await asyncio.to_thread(file.write_text, text, encoding="utf-8")
+        await asyncio.to_thread(_write, name, text)
     except OSError as error:
-        raise CommandError(f"{file} cannot be written ({error.strerror}): name another with --html.", WRONG) from error
-    return file
+        raise CommandError(f"{name} cannot be written ({error.strerror}): name another with --html.", WRONG) from error
+    return name
+
+
+def _write(name: str, text: str) -> None:
+    Path(name).expanduser().write_text(text, encoding="utf-8")
 
 
 def inline(pictures: Mapping[str, bytes]) -> dict[str, str]:
@@ -122,16 +126,52 @@ def inline(pictures: Mapping[str, bytes]) -> dict[str, str]:
 
 
 async def mail(loaded: Loaded, now: datetime, day: date | None) -> ReportSent:
-    """Queues the report as the schedule would: by the monitor where it works, else by us, through the same outbox.
+    """Sends the report as the schedule would: the monitor does where one answers, else we, through the same outbox.
 
     Raises:
-        CommandError: nobody is to be told, or it cannot be queued.
+        CommandError: nobody is to be told, or the report cannot be queued.
     """
+    sent = await _by_monitor(loaded, day) or await _by_ourselves(loaded, now, day)
+    if sent.error:
+        raise CommandError(sent.error, NO)
+    if not sent.senders:
+        raise CommandError("Nobody is told: name a mail server and recipients in [notify.smtp] of mt5.toml.", NO)
+    return sent
+
+
+async def _by_monitor(loaded: Loaded, day: date | None) -> ReportSent | None:
+    """None where no monitor answers."""
+    import msgspec
+
+    from actors.monitor.report import ReportRequest, ReportSent
+    from bus.client import BusUnavailable
+    from bus.subjects import SEND_REPORT
+
+    places = find(loaded)
+    if places.nats is None:
+        return None
+    try:
+        async with bus_of(places, loaded) as bus:
+            with stderr_console().status("the health monitor makes the report"):
+                answer = await bus.request(SEND_REPORT, msgspec.json.encode(ReportRequest(day=day)), ANSWER_SECONDS)
+    except (CommandError, BusUnavailable):
+        return None
+    try:
+        return msgspec.json.decode(answer, type=ReportSent)
+    except msgspec.DecodeError as error:
+        raise CommandError(
+            f"The health monitor failed to make the report ({error}): its log has the details."
+        ) from error
+
+
+async def _by_ourselves(loaded: Loaded, now: datetime, day: date | None) -> ReportSent:
+    """Queues it, and sends what can be sent at once; what cannot stays for the monitor."""
     raise NotImplementedError
 
 
-async def _by_monitor(places: Places, loaded: Loaded, day: date | None) -> ReportSent | None:
-    raise NotImplementedError
-
-
-__all__ = ["NO", "day_of", "inline", "mail", "report"]
+def said(sent: ReportSent) -> str:
+    """What became of it, for a person."""
+    told = ", ".join(sent.senders)
+    if sent.new:
+        return f'"{sent.title}" is on its way by {told}.'
+    return f"This day's report has been sent by {told} before: one goes out a day, and --html writes another."

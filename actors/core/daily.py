@@ -25,6 +25,15 @@ DASH: Final = "–"
 JOB_STALE: Final = timedelta(hours=50)  # a nightly job that has not run for two nights
 SILENT: Final = 0.02  # share of the period without a look from which the monitor's silence is told
 MINOR: Final = frozenset({"commits", "pictures", "jobs"})  # sections without which a day is known all the same
+SECTIONS: Final = {
+    "watch": "Services",
+    "archive": "Candles, signals and models",
+    "backups": "Backups",
+    "room": "Disk and database",
+    "jobs": "Nightly jobs",
+    "commits": "Newest commits",
+    "pictures": "Pictures",
+}
 CONCERNS: Final = 12  # that are told one by one
 
 
@@ -267,7 +276,10 @@ def concerns(daily: Daily) -> list[Concern]:
         *_of_models(daily),
         *_of_jobs(daily),
     ]
-    found += [Concern("open" if name in MINOR else "bad", text) for name, text in daily.problems.items()]
+    found += [
+        Concern("open" if name in MINOR else "bad", f"{SECTIONS.get(name, name)}: {text}")
+        for name, text in daily.problems.items()
+    ]
     order: dict[Tone, int] = {"bad": 0, "open": 1, "good": 2}
     return sorted(found, key=lambda concern: order[concern.tone])
 
@@ -363,6 +375,7 @@ STATES: Final = {
     "provisional": "on trial",
     "shadow": "followed in silence",
 }
+NOT_WATCHED: Final = "Nobody looked at anything in this time: start the health monitor with `mt5 up health`."
 LOOKS: Final[dict[Status, str]] = {"ok": "well", "warning": "warning", "critical": "critical", "skipped": "not here"}
 EVENTS: Final = {
     "made": "made",
@@ -517,16 +530,26 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
 def _services(daily: Daily) -> list[str]:
     watch = daily.watch
     if watch is None or not watch.services:
-        return [daily.problems.get("watch", "Nobody looked at anything in this time.")]
-    rows = [("", "now", "not critical", "look takes")]
-    rows += [
-        (s.name + (f" ({s.checks})" if s.checks > 1 else ""), LOOKS[s.status], share(s.fine, 2), quick(s.slow))
-        for s in watch.services
-    ]
-    out = columns(rows)
-    if watch.absent:
-        out.append(f"Not here: {', '.join(watch.absent)}.")
-    return out
+        return [daily.problems.get("watch", NOT_WATCHED)]
+    told, well = sorted_out(watch)
+    out = []
+    if told:
+        rows = [("", "now", "up", "a look takes")]
+        rows += [(s.name, LOOKS[s.status], share(s.fine, 2), quick(s.slow)) for s in told]
+        out += columns(rows)
+    return [*out, *well_words(watch, well)]
+
+
+def sorted_out(watch: Watch) -> tuple[list[Service], list[Service]]:
+    """Services that something is to be said of, and those that were well whenever they were looked at."""
+    told = [s for s in watch.services if s.status not in ("ok", "skipped") or max(s.strip) > 0]
+    return told, [s for s in watch.services if s not in told]
+
+
+def well_words(watch: Watch, well: Sequence[Service]) -> list[str]:
+    names = ", ".join(service.name for service in well)
+    out = [f"Well whenever they were looked at: {names}."] if well else []
+    return [*out, *([f"Not here: {', '.join(watch.absent)}."] if watch.absent else [])]
 
 
 def _incidents(daily: Daily) -> list[str]:

@@ -115,8 +115,8 @@ class ReportSent(msgspec.Struct, frozen=True, kw_only=True):
     it; ``error`` says in a sentence why nothing was sent.
     """
 
-    notice: str = ""
-    title: str = ""
+    notice: str
+    title: str
     new: bool = False
     senders: tuple[str, ...] = ()
     error: str = ""
@@ -164,6 +164,22 @@ async def build_notice(ctx: Context, now: datetime, day: date | None = None) -> 
 
 def home_of(settings: Settings) -> Path:
     return Path(settings.home).expanduser().absolute()
+
+
+async def answer(
+    ctx: Context, data: bytes, now: datetime, queue: Callable[[Notice], Awaitable[tuple[bool, Sequence[str]]]]
+) -> bytes:
+    """``health.report``: a ReportRequest or nothing, answered with a ReportSent.
+
+    ``queue`` puts a notice into the outbox and returns whether it was new there, and who is to be told.
+    """
+    try:
+        request = msgspec.json.decode(data or b"{}", type=ReportRequest)
+    except msgspec.DecodeError as error:
+        return msgspec.json.encode(ReportSent(notice="", title="", error=f"This asks for no report: {error}."))
+    notice = await build_notice(ctx, now, request.day)
+    new, told = await queue(notice)
+    return msgspec.json.encode(ReportSent(notice=notice.id, title=notice.title, new=new, senders=tuple(told)))
 
 
 async def notice_of(report: Daily, home: Path) -> Notice:

@@ -163,8 +163,21 @@ def _checks(connection: sqlite3.Connection, start: float, end: float) -> Iterato
             message=message,
             fine=1 - failed / number if number else None,
             slow=slow.get(name),
-            strip=tuple(strips[name]),
+            strip=_held(strips[name], width),
         )
+
+
+def _held(strip: Sequence[Look], width: float) -> tuple[Look, ...]:
+    """A look stands for a while: what is looked at rarely has slots of ``width`` seconds without a look in between."""
+    out = list(strip)
+    reach = max(1, int(HOLD / width))
+    last = -reach - 1
+    for slot, look in enumerate(strip):
+        if look >= 0:
+            last = slot
+        elif slot - last <= reach:
+            out[slot] = strip[last]
+    return tuple(out)
 
 
 def _services(checks: Sequence[_Check]) -> Iterator[Service]:

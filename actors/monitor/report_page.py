@@ -13,7 +13,7 @@ from html import escape
 from typing import Final
 
 from actors.core import daily as words
-from actors.core.daily import DASH, Concern, Daily, Incident, Market, Models, Tone
+from actors.core.daily import DASH, Daily, Incident, Market, Models, Tone
 from actors.monitor.report_pictures import LOOKS, MARKET, ROOM, SERVICES, SKILL
 
 PAPER, CARD, INK, MUTED, HAIR, RULE = "#f6f5f1", "#ffffff", "#1c1d21", "#5d6069", "#e4e2db", "#c9c8c2"
@@ -36,8 +36,8 @@ img { max-width: 100%; }
   .sheet { padding: 18px 8px 28px !important; }
   .card { padding: 16px 14px !important; }
   .title { font-size: 25px !important; }
-  .tile { display: block !important; width: auto !important; padding: 0 0 8px !important; }
-  .tile td { padding: 10px 14px !important; }
+  .tile { display: inline-block !important; width: 50% !important; padding: 0 4px 8px !important; box-sizing: border-box; }
+  .tile td { padding: 9px 14px 10px !important; }
   .wide { display: none !important; }
   .cell { padding-right: 8px !important; }
   .last { padding-right: 0 !important; }
@@ -236,7 +236,7 @@ def _attention(report: Daily) -> str:
     found = words.concerns(report)
     if not found:
         return ""
-    rows = [(_dot(concern.tone), _commands(concern)) for concern in found[: words.CONCERNS]]
+    rows = [(_dot(concern.tone), _said(concern.text)) for concern in found[: words.CONCERNS]]
     if len(found) > words.CONCERNS:
         rows.append(("", f"and {len(found) - words.CONCERNS} more"))
     cells = "".join(
@@ -255,9 +255,9 @@ def _dot(tone: Tone) -> str:
     return f'<span style="color:{TONES[tone][0]};font-size:14px">{"▲" if tone == "bad" else "●"}</span>'
 
 
-def _commands(concern: Concern) -> str:
-    """What stands in backticks is a command."""
-    html = _text(concern.text)
+def _said(text: str) -> str:
+    """A sentence; what stands in backticks is a command."""
+    html = _text(text)
     return re.sub(r"`([^`]+)`", rf'<span style="font-family:{MONO};font-size:13.5px">\1</span>', html)
 
 
@@ -274,33 +274,26 @@ _LOOK: Final[dict[str, tuple[str, str]]] = {
 def _services(report: Daily, sources: Mapping[str, str]) -> str:
     watch = report.watch
     if watch is None or not watch.services:
-        return _card("Services", _note(_text(report.problems.get("watch", "Nobody looked at anything in this time."))))
+        return _card("Services", _note(_said(report.problems.get("watch", words.NOT_WATCHED))))
+    told, well = words.sorted_out(watch)
     rows = [
         (
             f"{_text(service.name)}{_muted('' if service.status == 'ok' else service.message)}",
             _badge(words.LOOKS[service.status], _LOOK[service.status]),
-            f"{service.checks}",
-            escape(words.share(service.fine, 2)),
             escape(words.quick(service.slow)),
+            escape(words.share(service.fine, 2)),
         )
-        for service in watch.services
+        for service in told
     ]
     ill = [service.name for service in watch.services if service.status in ("warning", "critical")]
     alt = f"How each service was, by the quarter of an hour. Not well at the end: {', '.join(ill) or 'none'}."
     image = _image(SERVICES, sources, alt)
-    absent = _note(f"Not here: {_text(', '.join(watch.absent))}.") if watch.absent else ""
-    return _card(
-        "Services",
-        image
-        + (
-            _key((("well", LOOKS[0]), ("warning", LOOKS[1]), ("critical", LOOKS[2]), ("not looked at", LOOKS[-1])))
-            if image
-            else ""
-        )
-        + _table(("service", "now", "nw:checks", "n:up", "nw:a look takes"), rows)
-        + absent,
-        "Up: not critical, at the worst of a service's checks. The slowest check's 95th percentile is how long a look takes.",
-    )
+    key = (("well", LOOKS[0]), ("warning", LOOKS[1]), ("critical", LOOKS[2]), ("not looked at", LOOKS[-1]))
+    inner = image + (_key(key) if image else "")
+    inner += _table(("service", "now", "nw:a look takes", "n:up"), rows) if rows else ""
+    inner += "".join(_note(_text(line)) for line in words.well_words(watch, well))
+    intro = "Up is what was not critical, of all looks at the worst of a service's checks." if rows else ""
+    return _card("Services", inner, intro)
 
 
 def _key(items: Sequence[tuple[str, str]]) -> str:
@@ -345,7 +338,7 @@ def _incidents(report: Daily) -> str:
 def _market(report: Daily, sources: Mapping[str, str]) -> str:
     market = report.market
     if market is None:
-        return _card("Candles and signals", _note(_text(report.problems.get("archive", DASH))))
+        return _card("Candles and signals", _note(_said(report.problems.get("archive", DASH))))
     rows = [
         (
             f"{_text(one.symbol)} {_text(one.timeframe)}",
@@ -382,7 +375,7 @@ def _models(report: Daily, sources: Mapping[str, str]) -> str:
         return ""  # the section before has said why
     if not models.versions:
         train = "No version serves: train one with `mt5 train --timeframe M1`."
-        return _card("Models", _note(_commands(Concern("open", train))))
+        return _card("Models", _note(_said(train)))
     rows = [
         (
             f"{_text(v.model_name)} {_code(v.version)}"
@@ -393,12 +386,12 @@ def _models(report: Daily, sources: Mapping[str, str]) -> str:
             _badge(words.STATES.get(v.state, v.state), TONES["good"] if v.state == "champion" else GREY),
             f"{v.outcomes:,}",
             escape(words.share(v.hit_rate)),
-            escape(words.gain(v.gain)),
             escape(words.basis(v.net)),
+            escape(words.gain(v.gain)),
         )
         for v in models.versions
     ]
-    inner = _table(("version", "", "n:outcomes", "nw:side right", "n:Brier gain", "nw:net a trade"), rows)
+    inner = _table(("version", "", "n:outcomes", "nw:side right", "nw:net a trade", "n:Brier gain"), rows)
     inner += _cards(models)
     image = _image(SKILL, sources, "How much better than the base rate the newest outcomes' probabilities were.")
     if image:
@@ -437,20 +430,20 @@ def _cards(models: Models) -> str:
                     {"good": "better", "open": "open", "bad": "worse"}[tone], TONES[tone] if tone != "open" else GREY
                 ),
                 f"{card.outcomes:,}",
-                escape(words.gain(card.brier_gain)),
                 escape(words.share(card.hit_rate)),
                 escape(words.basis(card.net_mean)),
+                escape(words.gain(card.brier_gain)),
             )
         )
     return _table(
-        ("scorecard, newest outcomes", "", "n:outcomes", "n:Brier gain", "nw:trades won", "nw:net a trade"), rows
+        ("scorecard, newest outcomes", "", "n:outcomes", "nw:trades won", "nw:net a trade", "n:Brier gain"), rows
     )
 
 
 def _backups(report: Daily) -> str:
     backups = report.backups
     if backups is None:
-        return _card("Backups", _note(_text(report.problems.get("backups", DASH))))
+        return _card("Backups", _note(_said(report.problems.get("backups", DASH))))
     rows = [
         (
             f"{escape(words.EVENTS.get(copy.event, copy.event).capitalize())}{_muted(words.copy_words(copy))}",
@@ -466,7 +459,7 @@ def _backups(report: Daily) -> str:
 def _room(report: Daily, sources: Mapping[str, str]) -> str:
     room = report.room
     if room is None:
-        return _card("Disk and database", _note(_text(report.problems.get("room", DASH))))
+        return _card("Disk and database", _note(_said(report.problems.get("room", DASH))))
     rows = []
     for disk in room.disks:
         tone: Tone = "bad" if disk.share < room.critical else "open" if disk.share < room.warn else "good"
@@ -474,11 +467,11 @@ def _room(report: Daily, sources: Mapping[str, str]) -> str:
             (
                 _code(disk.name),
                 _badge(words.share(disk.share) + " free", TONES[tone]),
-                escape(words.size(disk.free)),
                 escape(words.size(disk.total)),
+                escape(words.size(disk.free)),
             )
         )
-    table = _table(("disk", "", "n:free", "nw:of"), rows) if rows else ""
+    table = _table(("disk", "", "nw:of", "n:left"), rows) if rows else ""
     database = _note(escape(words.database_words(room))) if room.database is not None else ""
     image = _image(ROOM, sources, "Free disk space and the database's size over the newest 30 days.")
     return _card("Disk and database", table + image + database)
@@ -488,7 +481,7 @@ def _jobs(report: Daily) -> str:
     if not report.jobs:
         return _card(
             "Nightly jobs",
-            _note(_commands(Concern("open", "None has run here: `mt5 install-systemd` installs their timers."))),
+            _note(_said("None has run here: `mt5 install-systemd` installs their timers.")),
         )
     rows = [
         (
