@@ -125,6 +125,10 @@ drift_gauge: Final = GaugeMetric("mt5_drift", "How far inputs and outcomes are f
 audited_total: Final = CounterMetric(
     "mt5_audited_signals_total", "Signals that were rebuilt and compared, by result.", unlabelled=False
 )
+notices_total: Final = CounterMetric(
+    "mt5_notices_total", "Tries to send a notice, by sender and result.", unlabelled=False
+)
+outbox_gauge: Final = GaugeMetric("mt5_outbox_waiting", "Notices that wait to be sent, by sender.")
 series_gauge: Final = GaugeMetric("mt5_series", "Series known to an actor.")
 
 

@@ -41,9 +41,10 @@ CREATE TABLE IF NOT EXISTS outbox (
     body blob NOT NULL,          -- the notice as JSON
     queued_at real NOT NULL,
     attempts integer NOT NULL DEFAULT 0,
-    next_at real NOT NULL,
+    next_at real NOT NULL,       -- 0: at once
     sent_at real,                -- NULL: still to be sent
+    refused integer NOT NULL DEFAULT 0, -- 1: this notice itself is not taken; it is tried seldom and holds back no other
     error text NOT NULL DEFAULT '',
     PRIMARY KEY (notice, sender)
 );
-CREATE INDEX IF NOT EXISTS outbox_waiting ON outbox (next_at) WHERE sent_at IS NULL;
+CREATE INDEX IF NOT EXISTS outbox_waiting ON outbox (sender, refused) WHERE sent_at IS NULL;

@@ -34,7 +34,7 @@ LIBRARIES = {
     "deploy": set(),
 }
 PURE = {
-    "__future__", "abc", "array", "base64", "bisect", "codecs", "collections", "copy", "csv", "dataclasses", "datetime", "decimal", "enum",
+    "__future__", "abc", "array", "base64", "bisect", "codecs", "collections", "copy", "csv", "dataclasses", "datetime", "decimal", "email", "enum",
     "fractions", "functools", "hashlib", "heapq", "io", "itertools", "json", "math", "operator", "platform", "re", "statistics", "string",
     "struct", "typing", "zlib", "zoneinfo",
 }  # fmt: skip
