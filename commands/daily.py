@@ -11,8 +11,8 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from commands.output import DONE, NO, WRONG, CommandError, say, stderr_console, write_json
-from commands.places import Places, bus_of, find, store_of
+from commands.output import DONE, NO, WRONG, CommandError, complain, say, stderr_console, write_json
+from commands.places import bus_of, find, store_of
 from commands.settings import Loaded, read
 
 if TYPE_CHECKING:
@@ -165,8 +165,33 @@ async def _by_monitor(loaded: Loaded, day: date | None) -> ReportSent | None:
 
 
 async def _by_ourselves(loaded: Loaded, now: datetime, day: date | None) -> ReportSent:
-    """Queues it, and sends what can be sent at once; what cannot stays for the monitor."""
-    raise NotImplementedError
+    """Queues it in the monitor's outbox, and sends it where no monitor does. Raises CommandError."""
+    import sqlite3
+
+    import structlog
+
+    from actors.monitor.report import ReportSent, gather, notice_of
+    from actors.monitor.report_journal import queued
+    from actors.monitor.senders import senders
+    from bus.supervise import ConfigurationError
+    from commands.jobs_tell import DATABASE, tell
+
+    try:
+        ways = tuple(senders(loaded.settings.notify, structlog.get_logger("report")))
+        if not ways:
+            return ReportSent(notice="", title="")
+        with stderr_console().status("making the report"):
+            async with _sources(loaded) as sources:
+                report = await gather(sources, now, day)
+            notice = await notice_of(report, loaded.home)
+        before = await asyncio.to_thread(queued, loaded.home / DATABASE, notice.id)
+        if not before:
+            complain(await asyncio.to_thread(tell, loaded, notice))
+    except ConfigurationError as error:
+        raise CommandError(str(error), WRONG) from error
+    except (sqlite3.Error, OSError) as error:
+        raise CommandError(f"The report cannot be queued in {loaded.home / DATABASE}: {error}", NO) from error
+    return ReportSent(notice=notice.id, title=notice.title, new=not before, senders=tuple(before) or ways)
 
 
 def said(sent: ReportSent) -> str:

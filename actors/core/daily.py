@@ -316,8 +316,8 @@ def _of_watch(daily: Daily) -> Iterable[Concern]:
             )
     silent = (1 - watch.covered) * (daily.until - daily.since).total_seconds()
     if watch.covered < 1 - SILENT:
-        what = "all the time" if watch.covered == 0 else f"for {duration(silent)}"
-        yield Concern("open", f"The health monitor did not look {what}: what went wrong then is not in here.")
+        when = "at anything" if watch.covered == 0 else f"for {duration(silent)}"
+        yield Concern("open", f"The health monitor did not look {when}: what went wrong then is not in here.")
     if watch.waiting:
         yield Concern("open", f"{count(watch.waiting, 'notice')} could not be sent yet: see `mt5 health check outbox`.")
 
@@ -377,6 +377,13 @@ STATES: Final = {
 }
 NOT_WATCHED: Final = "Nobody looked at anything in this time: start the health monitor with `mt5 up health`."
 LOOKS: Final[dict[Status, str]] = {"ok": "well", "warning": "warning", "critical": "critical", "skipped": "not here"}
+ACTIONS: Final = {
+    "release": "released",
+    "promote": "promoted",
+    "rollback": "rolled back",
+    "retire": "retired",
+    "restore": "restored",
+}
 EVENTS: Final = {
     "made": "made",
     "shipped": "shipped",
@@ -420,11 +427,12 @@ def moment(at: datetime, now: datetime) -> str:
 
 def duration(seconds: float) -> str:
     """Two units at most: ``3 h 15 min``."""
-    left = max(0, round(seconds))
+    seconds = max(0.0, seconds)
+    left = round(seconds)
     if left < 60:
         return f"{left} s" if seconds >= 9.5 or seconds == left else f"{seconds:.1f} s"
     parts = []
-    for name, length in (("day", 86_400), ("h", 3_600), ("min", 60)):
+    for name, length in (("day", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):
         number, left = divmod(left, length)
         if number:
             parts.append(f"{number} {name}{'s' if name == 'day' and number > 1 else ''}")
@@ -513,7 +521,7 @@ def lines(daily: Daily) -> tuple[str, ...]:
         ("Candles and signals", _market(daily)),
         ("Models", _models(daily)),
         ("Backups", _backups(daily)),
-        ("Room", _room(daily)),
+        ("Disk and database", _room(daily)),
         ("Nightly jobs", _jobs(daily)),
         ("Newest commits", _commits(daily)),
     ):
@@ -637,7 +645,8 @@ def _models(daily: Daily) -> list[str]:
         for card in models.cards
     ]
     out += [
-        f"{moment(s.at, daily.until)}  {s.version} {s.action} by {s.by}: {sentence(s.reason)}" for s in models.steps
+        f"{moment(s.at, daily.until)}  {s.version} {ACTIONS.get(s.action, s.action)} by {s.by}: {sentence(s.reason)}"
+        for s in models.steps
     ]
     out.append(audit_words(models))
     return out

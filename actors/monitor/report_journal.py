@@ -110,6 +110,20 @@ def history(file: Path, until: datetime) -> tuple[list[Line], list[Line]]:
     return disks, sizes
 
 
+def queued(file: Path, notice: str) -> list[str]:
+    """The senders that a notice has been queued for, whatever became of it since.
+
+    Raises:
+        JournalMissing: it cannot be read; a journal that is not there has queued nothing.
+    """
+    if not file.is_file():
+        return []
+    with _reading(file) as connection:
+        return [
+            str(sender) for (sender,) in connection.execute("SELECT sender FROM outbox WHERE notice = ?", (notice,))
+        ]
+
+
 def _percent(values: Iterable[float]) -> list[float]:
     return [value / 100 for value in values]
 

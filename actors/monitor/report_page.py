@@ -13,7 +13,7 @@ from html import escape
 from typing import Final
 
 from actors.core import daily as words
-from actors.core.daily import DASH, Daily, Incident, Market, Models, Tone
+from actors.core.daily import DASH, Daily, Incident, Market, Models, Tone, Version
 from actors.monitor.report_pictures import LOOKS, MARKET, ROOM, SERVICES, SKILL
 
 PAPER, CARD, INK, MUTED, HAIR, RULE = "#f6f5f1", "#ffffff", "#1c1d21", "#5d6069", "#e4e2db", "#c9c8c2"
@@ -26,8 +26,10 @@ GREY: Final = ("#555863", "#ecebe6")
 FONT: Final = "-apple-system,'Segoe UI',Roboto,'Helvetica Neue',Arial,'DejaVu Sans',sans-serif"
 MONO: Final = "ui-monospace,SFMono-Regular,Menlo,Consolas,'DejaVu Sans Mono',monospace"
 WIDTH: Final = 664  # of the column, so that a card's pictures are drawn at the size they are made for
-INCIDENTS: Final = 15  # that are shown; the text has more
-TEXT: Final = 280  # characters of a sentence that others wrote
+INCIDENTS: Final = 12  # that are shown; the text has more
+SERVICES_TOLD: Final = 15
+TEXT: Final = 240  # characters of a sentence that others wrote
+NAME: Final = 60  # and of a name
 
 _PHONE: Final = """
 body { margin: 0; }
@@ -40,7 +42,6 @@ img { max-width: 100%; }
   .tile td { padding: 9px 14px 10px !important; }
   .wide { display: none !important; }
   .cell { padding-right: 8px !important; }
-  .last { padding-right: 0 !important; }
 }
 @media print { .sheet { padding: 0 !important; } .card { page-break-inside: avoid; } }
 """
@@ -101,10 +102,14 @@ def _unbroken(text: str) -> str:
     return re.sub(r"(?<=\d) (?=%|bp\b|ms\b|s\b|h\b|min\b|[kMGT]?B\b|days?\b)", "\u00a0", text)
 
 
-def _text(text: str) -> str:
+def _text(text: str, most: int = TEXT) -> str:
     """Escaped, on one line, and no longer than a sentence is."""
     line = " ".join(text.split())
-    return escape(line if len(line) <= TEXT else line[: TEXT - 1] + "…")
+    return escape(line if len(line) <= most else line[: most - 1] + "…")
+
+
+def _name(text: str) -> str:
+    return _text(text, NAME)
 
 
 # --- blocks ------------------------------------------------------------------------------------------------------
@@ -138,7 +143,7 @@ def _image(name: str, sources: Mapping[str, str], alt: str) -> str:
     if name not in sources:
         return ""
     return (
-        f'<img src="{escape(sources[name])}" alt="{escape(alt)}" width="600" border="0" '
+        f'<img src="{escape(sources[name])}" alt="{_text(alt)}" width="600" border="0" '
         'style="display:block;width:100%;max-width:600px;height:auto;margin:14px 0 0;font-size:13px;'
         f'line-height:1.4;color:{MUTED}">'
     )
@@ -152,26 +157,24 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for head, kind in zip(heads, kinds, strict=True)
     ]
 
-    def cell(tag: str, at: int, html: str, *, line: str) -> str:
-        right = "n" in kinds[at]
-        last = at == len(heads) - 1
-        classes = ["cell", *(["wide"] if "w" in kinds[at] else []), *(["last"] if last else [])]
-        style = (
-            f"padding:7px {0 if last else 14}px 7px 0;border-bottom:{line};vertical-align:top;"
-            f"text-align:{'right' if right else 'left'}" + (";white-space:nowrap" if right else "")
+    def cell(tag: str, at: int, html: str, line: str) -> str:
+        right, last = "n" in kinds[at], at == len(heads) - 1
+        classes = "wide" if "w" in kinds[at] else "last" if last else "cell"
+        style = f"padding:7px {0 if last else 14}px 7px 0;border-bottom:{line}" + (
+            ";white-space:nowrap" if right else ""
         )
         style += f";font-size:12.5px;font-weight:500;color:{MUTED}" if tag == "th" else ""
-        scope = ' scope="col"' if tag == "th" else ""
-        return f'<{tag}{scope} class="{" ".join(classes)}" style="{style}">{html}</{tag}>'
+        side = ' align="right"' if right else ' align="left"' if tag == "th" else ""
+        return f'<{tag} class="{classes}"{side} style="{style}">{html}</{tag}>'
 
     head = ""
     if any(names):
-        cells = "".join(cell("th", at, escape(name), line=f"1px solid {RULE}") for at, name in enumerate(names))
+        cells = "".join(cell("th", at, escape(name), f"1px solid {RULE}") for at, name in enumerate(names))
         head = f"<tr>{cells}</tr>\n"
     body = ""
     for number, row in enumerate(rows):
         line = "0" if number == len(rows) - 1 else f"1px solid {HAIR}"
-        body += f"<tr>{''.join(cell('td', at, html, line=line) for at, html in enumerate(row))}</tr>\n"
+        body += f'<tr valign="top">{"".join(cell("td", at, html, line) for at, html in enumerate(row))}</tr>\n'
     return (
         '<table width="100%" cellpadding="0" cellspacing="0" border="0" style="border-collapse:collapse;margin:10px 0 0;'
         f'font-size:14px;line-height:1.45;font-variant-numeric:tabular-nums">\n{head}{body}</table>\n'
@@ -187,8 +190,10 @@ def _muted(text: str) -> str:
     return f'<br><span style="color:{MUTED};font-size:13px">{_text(text)}</span>' if text else ""
 
 
-def _code(text: str) -> str:
-    return f'<span style="font-family:{MONO};font-size:12.5px">{_text(text)}</span>'
+def _code(text: str, *, breaks: bool = False) -> str:
+    """``breaks``: anywhere, where it is long and the screen narrow."""
+    wrap = "word-break:break-all" if breaks else "white-space:nowrap"
+    return f'<span style="font-family:{MONO};font-size:12.5px;{wrap}">{_name(text)}</span>'
 
 
 # --- head --------------------------------------------------------------------------------------------------------
@@ -278,12 +283,12 @@ def _services(report: Daily, sources: Mapping[str, str]) -> str:
     told, well = words.sorted_out(watch)
     rows = [
         (
-            f"{_text(service.name)}{_muted('' if service.status == 'ok' else service.message)}",
+            f"{_name(service.name)}{_muted('' if service.status == 'ok' else service.message)}",
             _badge(words.LOOKS[service.status], _LOOK[service.status]),
             escape(words.quick(service.slow)),
             escape(words.share(service.fine, 2)),
         )
-        for service in told
+        for service in told[:SERVICES_TOLD]
     ]
     ill = [service.name for service in watch.services if service.status in ("warning", "critical")]
     alt = f"How each service was, by the quarter of an hour. Not well at the end: {', '.join(ill) or 'none'}."
@@ -324,7 +329,7 @@ def _incidents(report: Daily) -> str:
             f" and {len(incident.checks) - 4} more" if len(incident.checks) > 4 else ""
         )
         return (
-            f"{_text(incident.title)}{_muted(checks)}",
+            f"{_text(incident.title)}{_muted(checks[:TEXT])}",
             _badge(incident.severity, colours),
             escape(words.moment(incident.opened_at, report.until)),
             escape(words.lasted(incident, report.until)),
@@ -341,7 +346,7 @@ def _market(report: Daily, sources: Mapping[str, str]) -> str:
         return _card("Candles and signals", _note(_said(report.problems.get("archive", DASH))))
     rows = [
         (
-            f"{_text(one.symbol)} {_text(one.timeframe)}",
+            f"{_name(one.symbol)} {_name(one.timeframe)}",
             f"{one.bars:,}",
             escape(words.moment(one.newest, report.until) if one.newest is not None else DASH),
             f"{one.up:,}",
@@ -378,12 +383,7 @@ def _models(report: Daily, sources: Mapping[str, str]) -> str:
         return _card("Models", _note(_said(train)))
     rows = [
         (
-            f"{_text(v.model_name)} {_code(v.version)}"
-            + _muted(
-                f"made {words.moment(v.created_at, report.until)}"
-                + (f", AUC {v.auc:.3f} in training" if v.auc is not None else "")
-            ),
-            _badge(words.STATES.get(v.state, v.state), TONES["good"] if v.state == "champion" else GREY),
+            f"{_name(v.model_name)} {_code(v.version, breaks=True)}{_muted(_about(v, report))}",
             f"{v.outcomes:,}",
             escape(words.share(v.hit_rate)),
             escape(words.basis(v.net)),
@@ -391,10 +391,10 @@ def _models(report: Daily, sources: Mapping[str, str]) -> str:
         )
         for v in models.versions
     ]
-    inner = _table(("version", "", "n:outcomes", "nw:side right", "nw:net a trade", "n:Brier gain"), rows)
+    inner = _table(("version", "n:outcomes", "nw:side right", "nw:net a trade", "n:Brier gain"), rows)
     inner += _cards(models)
     image = _image(SKILL, sources, "How much better than the base rate the newest outcomes' probabilities were.")
-    if image:
+    if image and models.skills:
         windows = sorted({skill.window for skill in models.skills})
         over = f"{windows[0]:,}" + (f" to {windows[-1]:,}" if len(windows) > 1 else "")
         inner += image + _note(
@@ -405,7 +405,7 @@ def _models(report: Daily, sources: Mapping[str, str]) -> str:
             ("what was decided", "n:when"),
             [
                 (
-                    f"{_code(step.version)} {_text(step.action)} by {_text(step.by)}{_muted(step.reason)}",
+                    f"{_code(step.version, breaks=True)} {_name(words.ACTIONS.get(step.action, step.action))} by {_name(step.by)}{_muted(step.reason)}",
                     escape(words.moment(step.at, report.until)),
                 )
                 for step in models.steps
@@ -417,17 +417,24 @@ def _models(report: Daily, sources: Mapping[str, str]) -> str:
     )
 
 
+def _about(version: Version, report: Daily) -> str:
+    training = f", AUC {version.auc:.3f} in training" if version.auc is not None else ""
+    made = words.moment(version.created_at, report.until)
+    return f"{words.STATES.get(version.state, version.state)[:NAME]}; made {made}{training}"
+
+
 def _cards(models: Models) -> str:
     if not models.cards:
         return ""
     rows = []
     for card in models.cards:
-        tone, text = words.judged(card)
+        tone, _ = words.judged(card)
         rows.append(
             (
-                f"{_text(card.symbol)} {_text(card.timeframe)}" + _muted(text),
+                f"{_name(card.symbol)} {_name(card.timeframe)}",
                 _badge(
-                    {"good": "better", "open": "open", "bad": "worse"}[tone], TONES[tone] if tone != "open" else GREY
+                    {"good": "better", "open": "no verdict", "bad": "worse"}[tone],
+                    TONES[tone] if tone != "open" else GREY,
                 ),
                 f"{card.outcomes:,}",
                 escape(words.share(card.hit_rate)),
@@ -436,7 +443,7 @@ def _cards(models: Models) -> str:
             )
         )
     return _table(
-        ("scorecard, newest outcomes", "", "n:outcomes", "nw:trades won", "nw:net a trade", "n:Brier gain"), rows
+        ("scorecard", "than the base rate", "n:outcomes", "nw:trades won", "nw:net a trade", "n:Brier gain"), rows
     )
 
 
@@ -465,7 +472,7 @@ def _room(report: Daily, sources: Mapping[str, str]) -> str:
         tone: Tone = "bad" if disk.share < room.critical else "open" if disk.share < room.warn else "good"
         rows.append(
             (
-                _code(disk.name),
+                _code(disk.name, breaks=True),
                 _badge(words.share(disk.share) + " free", TONES[tone]),
                 escape(words.size(disk.total)),
                 escape(words.size(disk.free)),
@@ -485,7 +492,7 @@ def _jobs(report: Daily) -> str:
         )
     rows = [
         (
-            f"{_text(job.name)}{_muted(words.sentence(job.summary))}",
+            f"{_name(job.name)}{_muted(words.sentence(job.summary))}",
             _badge("ok" if job.ok else "failed", TONES["good" if job.ok else "bad"]),
             escape(words.duration(job.seconds)),
             escape(words.ago(job.at, report.until)),
@@ -501,7 +508,7 @@ def _commits(report: Daily) -> str:
         return _card("Newest commits", _note(_text(text)))
     rows = [
         (
-            f"{_text(commit.subject)}{_muted(commit.author)}",
+            f"{_text(commit.subject, 2 * NAME)}{_muted(commit.author[:NAME])}",
             _code(commit.id),
             escape(words.moment(commit.at, report.until)),
         )
@@ -512,7 +519,7 @@ def _commits(report: Daily) -> str:
 
 def _footer(report: Daily) -> str:
     return _row(
-        f'<p style="margin:8px 2px 0;font-size:13px;line-height:1.5;color:{MUTED}">Made on {_text(report.host)} at '
+        f'<p style="margin:8px 2px 0;font-size:13px;line-height:1.5;color:{MUTED}">Made on {_name(report.host)} at '
         f'{report.made_at:%H:%M} UTC by <span style="font-family:{MONO};font-size:12.5px">mt5 health report</span>, release '
-        f"{_text(report.release)}. All times are UTC.</p>"
+        f"{_name(report.release)}. All times are UTC.</p>"
     )

@@ -184,7 +184,7 @@ def _picture(heights: Sequence[float], paint: Callable[[Sequence[Axes]], None]) 
             one.tick_params(length=3)
         paint(axes)
         out = io.BytesIO()
-        figure.savefig(out, format="png", metadata={"Software": None}, pil_kwargs={"optimize": True})
+        figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()
 
 
