@@ -26,10 +26,10 @@ GREY: Final = ("#555863", "#ecebe6")
 FONT: Final = "-apple-system,'Segoe UI',Roboto,'Helvetica Neue',Arial,'DejaVu Sans',sans-serif"
 MONO: Final = "ui-monospace,SFMono-Regular,Menlo,Consolas,'DejaVu Sans Mono',monospace"
 WIDTH: Final = 664  # of the column, so that a card's pictures are drawn at the size they are made for
-INCIDENTS: Final = 12  # that are shown; the text has more
-SERVICES_TOLD: Final = 15
+INCIDENTS: Final = 10  # that are shown; the text has more
+SERVICES_TOLD: Final = 12
 TEXT: Final = 240  # characters of a sentence that others wrote
-NAME: Final = 60  # and of a name
+NAME: Final = 48  # and of a name
 
 _PHONE: Final = """
 body { margin: 0; }

@@ -138,7 +138,9 @@ def _child(sender: connection.Connection, data: bytes) -> None:
         os.environ[variable] = "1"
     drawing = msgspec.json.decode(data, type=Drawing)
     if drawing.cache and "MPLCONFIGDIR" not in os.environ:
-        Path(drawing.cache).mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = Path(drawing.cache)
+        for made in (folder.parent.parent, folder.parent, folder):  # `parents` would leave these open to all
+            made.mkdir(mode=0o700, exist_ok=True)
         os.environ["MPLCONFIGDIR"] = drawing.cache
     sender.send_bytes(msgspec.msgpack.encode(paint_all(drawing)))
 
