@@ -615,6 +615,78 @@ FROM features
 WHERE symbol = $2 AND timeframe = $1 AND ts >= $3 AND ts <= $4 AND ready AND ts_source <> 'assumed'
 ORDER BY ts DESC LIMIT $5;
 
+-- --- health -----------------------------------------------------------------------------------------------------
+
+-- name: health_server
+-- the oldest transaction id decides when PostgreSQL stops taking writes (at two thousand million)
+SELECT current_setting('server_version') AS version,
+    (SELECT count(*) FROM pg_stat_activity WHERE datname IS NOT NULL) AS connections,
+    current_setting('max_connections')::int AS most,
+    (SELECT max(age(datfrozenxid)) FROM pg_database) AS oldest;
+
+-- name: health_size
+SELECT pg_database_size(current_database()) AS bytes,
+    (SELECT coalesce(sum(n_tup_ins - n_tup_del), 0)::int8 FROM pg_stat_user_tables) AS rows;
+
+-- name: health_bloat
+-- least rows of a table that is worth a word
+SELECT relname AS name, n_live_tup AS live, n_dead_tup AS dead
+FROM pg_stat_user_tables WHERE n_live_tup + n_dead_tup >= $1
+ORDER BY n_dead_tup::float8 / (n_live_tup + n_dead_tup) DESC LIMIT 10;
+
+-- name: health_partitions
+-- every partition of the tables that are partitioned by range, with its bounds as PostgreSQL writes them
+SELECT p.partrelid::regclass::text AS parent, c.oid::regclass::text AS child, pg_get_expr(c.relpartbound, c.oid) AS bound
+FROM pg_partitioned_table AS p
+JOIN pg_inherits AS i ON i.inhparent = p.partrelid
+JOIN pg_class AS c ON c.oid = i.inhrelid
+WHERE p.partstrat = 'r' AND p.partnatts = 1
+ORDER BY parent, child LIMIT 10000;
+
+-- name: health_timescale
+SELECT EXISTS (SELECT FROM pg_extension WHERE extname = 'timescaledb');
+
+-- name: health_policies
+-- TimescaleDB's own jobs (compression, retention): those that failed last
+SELECT j.job_id, j.proc_name AS name, s.last_run_status AS status
+FROM timescaledb_information.jobs AS j JOIN timescaledb_information.job_stats AS s USING (job_id)
+WHERE s.last_run_status = 'Failed' ORDER BY j.job_id LIMIT 20;
+
+-- name: health_tables
+SELECT format('%I.%I', schemaname, relname) AS name, n_dead_tup AS dead
+FROM pg_stat_user_tables WHERE schemaname = current_schema() ORDER BY relname;
+
+-- name: health_models
+SELECT model_name, version, state, created_at FROM models WHERE state IN ('champion', 'provisional')
+ORDER BY model_name, activated_at DESC NULLS LAST;
+
+-- The newest bar of every series: one step of the primary key's index each.
+-- name: health_newest
+-- limit
+WITH RECURSIVE s AS (
+    (SELECT symbol, timeframe FROM market_data ORDER BY symbol, timeframe LIMIT 1)
+    UNION ALL
+    SELECT n.symbol, n.timeframe
+    FROM s CROSS JOIN LATERAL (
+        SELECT m.symbol, m.timeframe FROM market_data AS m
+        WHERE (m.symbol, m.timeframe) > (s.symbol, s.timeframe) ORDER BY m.symbol, m.timeframe LIMIT 1
+    ) AS n
+)
+SELECT s.symbol, s.timeframe, b.ts, b.received_at, b.live
+FROM s CROSS JOIN LATERAL (
+    SELECT ts, received_at, live FROM market_data AS m
+    WHERE m.symbol = s.symbol AND m.timeframe = s.timeframe ORDER BY ts DESC LIMIT 1
+) AS b
+ORDER BY b.ts DESC LIMIT $1;
+
+-- Whether any of a series' newest bars came within so many seconds of its open time, as a live feed's do.
+-- name: health_was_live
+-- symbol, timeframe, seconds, limit
+SELECT coalesce(bool_or(live AND received_at - ts <= make_interval(secs => $3::float8)), false) FROM (
+    SELECT ts, received_at, live FROM market_data
+    WHERE symbol = $1 AND timeframe = $2 ORDER BY ts DESC LIMIT $4
+) AS newest;
+
 -- --- receipts ---------------------------------------------------------------------------------------------------
 
 -- Several statements that see one state of the archive.
