@@ -17,7 +17,8 @@ from commands.settings import Loaded, read
 
 if TYPE_CHECKING:
     from actors.core.daily import Daily
-    from actors.monitor.report import ReportSent, Sources
+    from actors.health import ReportAnswer
+    from actors.monitor.report import Sources
 
 ANSWER_SECONDS: Final = 180.0  # for the monitor to gather, draw and queue a report on a busy machine
 
@@ -125,7 +126,7 @@ def inline(pictures: Mapping[str, bytes]) -> dict[str, str]:
 # --- by mail -----------------------------------------------------------------------------------------------------
 
 
-async def mail(loaded: Loaded, now: datetime, day: date | None) -> ReportSent:
+async def mail(loaded: Loaded, now: datetime, day: date | None) -> ReportAnswer:
     """Sends the report as the schedule would: the monitor does where one answers, else we, through the same outbox.
 
     Raises:
@@ -139,11 +140,11 @@ async def mail(loaded: Loaded, now: datetime, day: date | None) -> ReportSent:
     return sent
 
 
-async def _by_monitor(loaded: Loaded, day: date | None) -> ReportSent | None:
+async def _by_monitor(loaded: Loaded, day: date | None) -> ReportAnswer | None:
     """None where no monitor answers."""
     import msgspec
 
-    from actors.monitor.report import ReportRequest, ReportSent
+    from actors.health import ReportAnswer, ReportRequest
     from bus.client import BusUnavailable
     from bus.subjects import SEND_REPORT
 
@@ -157,20 +158,22 @@ async def _by_monitor(loaded: Loaded, day: date | None) -> ReportSent | None:
     except (CommandError, BusUnavailable):
         return None
     try:
-        return msgspec.json.decode(answer, type=ReportSent)
+        return msgspec.json.decode(answer, type=ReportAnswer)
     except msgspec.DecodeError as error:
         raise CommandError(
             f"The health monitor failed to make the report ({error}): its log has the details."
         ) from error
 
 
-async def _by_ourselves(loaded: Loaded, now: datetime, day: date | None) -> ReportSent:
+async def _by_ourselves(loaded: Loaded, now: datetime, day: date | None) -> ReportAnswer:
     """Queues it in the monitor's outbox, and sends it where no monitor does. Raises CommandError."""
     import sqlite3
 
     import structlog
 
-    from actors.monitor.report import ReportSent, gather, notice_of
+    from actors.core.daily import report_id
+    from actors.health import ReportAnswer
+    from actors.monitor.report import gather, notice_of
     from actors.monitor.report_journal import queued
     from actors.monitor.senders import senders
     from bus.supervise import ConfigurationError
@@ -179,24 +182,25 @@ async def _by_ourselves(loaded: Loaded, now: datetime, day: date | None) -> Repo
     try:
         ways = tuple(senders(loaded.settings.notify, structlog.get_logger("report")))
         if not ways:
-            return ReportSent(notice="", title="")
-        with stderr_console().status("making the report"):
-            async with _sources(loaded) as sources:
-                report = await gather(sources, now, day)
-            notice = await notice_of(report, loaded.home)
-        before = await asyncio.to_thread(queued, loaded.home / DATABASE, notice.id)
+            return ReportAnswer()
+        name = report_id(now, day)
+        before = await asyncio.to_thread(queued, loaded.home / DATABASE, name)
         if not before:
+            with stderr_console().status("making the report"):
+                async with _sources(loaded) as sources:
+                    report = await gather(sources, now, day)
+                notice = await notice_of(report, loaded.home)
             complain(await asyncio.to_thread(tell, loaded, notice))
     except ConfigurationError as error:
         raise CommandError(str(error), WRONG) from error
     except (sqlite3.Error, OSError) as error:
         raise CommandError(f"The report cannot be queued in {loaded.home / DATABASE}: {error}", NO) from error
-    return ReportSent(notice=notice.id, title=notice.title, new=not before, senders=tuple(before) or ways)
+    return ReportAnswer(notice=name, new=not before, senders=tuple(before) or ways)
 
 
-def said(sent: ReportSent) -> str:
+def said(sent: ReportAnswer) -> str:
     """What became of it, for a person."""
     told = ", ".join(sent.senders)
     if sent.new:
-        return f'"{sent.title}" is on its way by {told}.'
+        return f"The report is on its way by {told}."
     return f"This day's report has been sent by {told} before: one goes out a day, and --html writes another."

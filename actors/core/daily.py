@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from typing import Annotated, Final, Literal, NamedTuple
 
 from msgspec import Meta, Struct
 
+from actors.core.alerts import Incident
 from schema.health import Severity, Status
 from schema.scorecard import Card
 
@@ -52,14 +53,6 @@ class Service(Struct, frozen=True, kw_only=True):
     fine: float | None
     slow: float | None
     strip: tuple[Look, ...]
-
-
-class Incident(Struct, frozen=True, kw_only=True):
-    title: str
-    severity: Severity
-    opened_at: UtcTime
-    closed_at: UtcTime | None
-    checks: tuple[str, ...]
 
 
 class Watch(Struct, frozen=True, kw_only=True):
@@ -290,6 +283,11 @@ def headline(daily: Daily) -> Concern:
     if not found:
         return Concern("good", "All is well")
     return Concern(found[0].tone, "One thing needs you" if len(found) == 1 else f"{len(found)} things need you")
+
+
+def report_id(until: datetime, day: date | None) -> str:
+    """The notice's id: one a date, and one more for a whole day that was asked for by name."""
+    return f"report:{until:%Y-%m-%d}" if day is None else f"report:day:{day:%Y-%m-%d}"
 
 
 def severity(tone: Tone) -> Severity:

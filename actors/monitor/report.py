@@ -27,6 +27,7 @@ from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 from nats.js.errors import APIError
 
 from actors.core import daily as words
+from actors.core.alerts import Incident
 from actors.core.daily import (
     Backups,
     Commit,
@@ -49,6 +50,7 @@ from actors.core.daily import (
 )
 from actors.core.scorecard import Key, Outcomes, make_card
 from actors.monitor import report_journal
+from actors.monitor.journal import FILE, Journal
 from actors.monitor.report_journal import ACTORS, JournalMissing
 from actors.monitor.report_page import page
 from actors.monitor.report_pictures import DrawingFailed, draw, drawing_of
@@ -66,7 +68,6 @@ from schema.settings import Settings
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
-JOURNAL: Final = "health_checks.db"
 BACKUPS_FOLDER: Final = "backups"
 JOBS_FOLDER: Final = "jobs"
 CHECKOUT: Final = Path(__file__).resolve().parents[2]
@@ -104,24 +105,6 @@ class Sources:
     checkout: Path = CHECKOUT
 
 
-class ReportRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Asks the monitor (``health.report``) to send the report of the newest 24 hours, or of a UTC day."""
-
-    day: date | None = None
-
-
-class ReportSent(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of it. ``new`` is False where it had been queued before; ``senders`` are those that it waits for or that took
-    it; ``error`` says in a sentence why nothing was sent.
-    """
-
-    notice: str
-    title: str
-    new: bool = False
-    senders: tuple[str, ...] = ()
-    error: str = ""
-
-
 @dataclass(slots=True)
 class _Found:
     """Sections as they come, and why others do not."""
@@ -146,13 +129,13 @@ class _Found:
             self.problems[name] = f"{error.filename or 'A file'} cannot be read ({error.strerror})."
 
 
-async def build_notice(ctx: Context, now: datetime, day: date | None = None) -> Notice:
+async def build_notice(ctx: Context, journal: Journal, now: datetime, day: date | None = None) -> Notice:
     """The report as the health actor sends it: of the hours up to ``now``, or of a whole day.
 
     Its id is the date's, so that it is sent once however often it is asked for. Takes seconds, most of them in other threads
     and in a process of its own.
     """
-    home = home_of(ctx.settings)
+    home = journal.folder
     store = await Store.connect(ctx.database_url, size=2, name="mt5-report") if ctx.database_url is not None else None
     try:
         report = await gather(Sources(ctx.settings, home, ctx.bus, store), now, day)
@@ -162,31 +145,11 @@ async def build_notice(ctx: Context, now: datetime, day: date | None = None) -> 
     return await notice_of(report, home)
 
 
-def home_of(settings: Settings) -> Path:
-    return Path(settings.home).expanduser().absolute()
-
-
-async def answer(
-    ctx: Context, data: bytes, now: datetime, queue: Callable[[Notice], Awaitable[tuple[bool, Sequence[str]]]]
-) -> bytes:
-    """``health.report``: a ReportRequest or nothing, answered with a ReportSent.
-
-    ``queue`` puts a notice into the outbox and returns whether it was new there, and who is to be told.
-    """
-    try:
-        request = msgspec.json.decode(data or b"{}", type=ReportRequest)
-    except msgspec.DecodeError as error:
-        return msgspec.json.encode(ReportSent(notice="", title="", error=f"This asks for no report: {error}."))
-    notice = await build_notice(ctx, now, request.day)
-    new, told = await queue(notice)
-    return msgspec.json.encode(ReportSent(notice=notice.id, title=notice.title, new=new, senders=tuple(told)))
-
-
 async def notice_of(report: Daily, home: Path) -> Notice:
     """Draws a report and writes its mail."""
     report, pictures = await drawn(report, home)
     return Notice(
-        id=notice_id(report),
+        id=words.report_id(report.until, report.since.date() if report.day else None),
         kind="report",
         severity=words.severity(words.headline(report).tone),
         title=words.title(report),
@@ -208,12 +171,7 @@ async def drawn(report: Daily, home: Path) -> tuple[Daily, dict[str, bytes]]:
         return msgspec.structs.replace(report, problems=problems), {}
 
 
-def notice_id(report: Daily) -> str:
-    """One a date, and one more for a whole day that was asked for by name."""
-    return f"report:day:{report.since:%Y-%m-%d}" if report.day else f"report:{report.until:%Y-%m-%d}"
-
-
-def _open(report: Daily) -> Sequence[words.Incident]:
+def _open(report: Daily) -> Sequence[Incident]:
     incidents = report.watch.incidents if report.watch is not None else ()
     return [incident for incident in incidents if incident.closed_at is None]
 
@@ -263,7 +221,7 @@ def _release(head: str) -> str:
 
 async def _watch(sources: Sources, since: datetime, until: datetime, *, live: bool) -> Watch:
     """What the monitor wrote; of now, without its looks at actors, what these say themselves."""
-    file, interval = sources.home / JOURNAL, sources.settings.health.interval_seconds
+    file, interval = sources.home / FILE, sources.settings.health.interval_seconds
     watch, missing = None, None
     try:
         watch = await asyncio.to_thread(report_journal.watched, file, since, until, interval)
@@ -514,7 +472,7 @@ def _kept(folder: Path, until: datetime) -> tuple[int, Copy | None]:
 async def _room(sources: Sources, until: datetime, *, live: bool) -> Room:
     health = sources.settings.health
     try:
-        disks, sizes = await asyncio.to_thread(report_journal.history, sources.home / JOURNAL, until)
+        disks, sizes = await asyncio.to_thread(report_journal.history, sources.home / FILE, until)
     except JournalMissing:  # which the section of services says
         disks, sizes = [], []
     database: int | None = None

@@ -7,23 +7,22 @@ thread.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Final, NamedTuple, cast
+from typing import Final, NamedTuple, cast
 
-import msgspec
-
-from actors.core.daily import SLOTS, Incident, Line, Look, Service, Watch, worst
-from schema.health import Severity, Status
+from actors.core.daily import SLOTS, Line, Look, Service, Watch, worst
+from actors.core.health_stats import HOLD, CheckStats
+from actors.monitor.journal import Journal
+from schema.health import Status
 
 BUSY_SECONDS: Final = 5.0
 MOST_INCIDENTS: Final = 50  # of a period, the newest
 LATE: Final = 600.0  # seconds after which a notice that nobody has taken is late
 MONTH: Final = 30 * 86_400
 BIN: Final = 3 * 3_600  # seconds of a line's point
-HOLD: Final = 900.0  # seconds that a result stands: what has not changed is kept less often later on
 MOST_FAILING: Final = 20  # checks of a service that are named
 
 # Kinds of checks as people call them, in the order in which they are told. Actors are told one by one, before these.
@@ -65,13 +64,15 @@ def watched(file: Path, since: datetime, until: datetime, interval: float) -> Wa
         JournalMissing: see there.
     """
     with _reading(file) as connection:
+        journal = Journal(connection, file.parent)
         start, end = since.timestamp(), until.timestamp()
-        checks = list(_checks(connection, start, end))
+        stats = {one.check: one for one in journal.stats(since, until)}
+        checks = list(_checks(connection, stats, start, end))
         return Watch(
             services=tuple(_services([check for check in checks if check.status != "skipped"])),
             absent=tuple(sorted({_label(check.name) for check in checks if check.status == "skipped"})),
             covered=_covered(connection, start, end, interval),
-            incidents=tuple(_incidents(connection, start, end)),
+            incidents=tuple(journal.incidents(since, until)[:MOST_INCIDENTS]),
             waiting=connection.execute(
                 "SELECT count(*) FROM outbox WHERE sent_at IS NULL AND queued_at < ?", (end - LATE,)
             ).fetchone()[0],
@@ -98,9 +99,9 @@ def history(file: Path, until: datetime) -> tuple[list[Line], list[Line]]:
         ts.append(float(at))
         values.append(float(value))
     disks = [
-        Line(name=check.partition(".")[2], ts=tuple(ts), values=tuple(values if max(values) <= 1 else _percent(values)))
+        Line(name=check.partition(".")[2], ts=tuple(ts), values=tuple(value / 100 for value in values))
         for (check, unit), (ts, values) in lines.items()
-        if check.startswith("disk.") and unit.lower() not in ("b", "bytes", "byte")
+        if check.startswith("disk.") and unit.startswith("%")
     ]
     sizes = [
         Line(name="database", ts=tuple(ts), values=tuple(values))
@@ -124,10 +125,6 @@ def queued(file: Path, notice: str) -> list[str]:
         ]
 
 
-def _percent(values: Iterable[float]) -> list[float]:
-    return [value / 100 for value in values]
-
-
 @contextmanager
 def _reading(file: Path) -> Iterator[sqlite3.Connection]:
     if not file.is_file():
@@ -141,42 +138,31 @@ def _reading(file: Path) -> Iterator[sqlite3.Connection]:
         raise JournalMissing(f"{file} cannot be read ({error}): `mt5 health check` says more.") from error
 
 
-def _checks(connection: sqlite3.Connection, start: float, end: float) -> Iterator[_Check]:
+def _checks(
+    connection: sqlite3.Connection, stats: Mapping[str, CheckStats], start: float, end: float
+) -> Iterator[_Check]:
     """Every check of the period, by name."""
     width = (end - start) / SLOTS
     strips: dict[str, list[Look]] = {}
-    looks: dict[str, tuple[int, int]] = {}
-    for name, slot, look, number, failed in connection.execute(
+    for name, slot, look in connection.execute(
         """SELECT "check", min(CAST((at - ?1) / ?3 AS INTEGER), ?4) AS slot,
-            max(CASE status WHEN 'critical' THEN 2 WHEN 'warning' THEN 1 WHEN 'ok' THEN 0 ELSE -1 END),
-            sum(status <> 'skipped'), sum(status = 'critical')
+            max(CASE status WHEN 'critical' THEN 2 WHEN 'warning' THEN 1 WHEN 'ok' THEN 0 ELSE -1 END)
         FROM checks WHERE at >= ?1 AND at < ?2 GROUP BY "check", slot""",
         (start, end, width, SLOTS - 1),
     ):
         strips.setdefault(name, [-1] * SLOTS)[slot] = look
-        before, worse = looks.get(name, (0, 0))
-        looks[name] = before + number, worse + failed
-    slow = dict(
-        connection.execute(
-            """SELECT "check", min(latency) FROM (
-                SELECT "check", latency, percent_rank() OVER (PARTITION BY "check" ORDER BY latency) AS rank
-                FROM checks WHERE at >= ? AND at < ? AND status <> 'skipped'
-            ) WHERE rank >= 0.95 OR rank = 1 GROUP BY "check" """,
-            (start, end),
-        ).fetchall()
-    )
     # Of a group with max(), SQLite takes the other columns from the row that has it.
     for name, status, message, _ in connection.execute(
         'SELECT "check", status, message, max(at) FROM checks WHERE at >= ? AND at < ? GROUP BY "check" ORDER BY "check"',
         (start, end),
     ):
-        number, failed = looks[name]
+        one = stats[name]
         yield _Check(
             name=name,
             status=cast(Status, status),
             message=message,
-            fine=1 - failed / number if number else None,
-            slow=slow.get(name),
+            fine=one.uptime,
+            slow=one.latency.p95 if one.latency is not None else None,
             strip=_held(strips[name], width),
         )
 
@@ -248,26 +234,3 @@ def _covered(connection: sqlite3.Connection, start: float, end: float, interval:
         (start, end, most),
     ).fetchone()
     return float(1 - min(silent, end - start) / (end - start))
-
-
-def _incidents(connection: sqlite3.Connection, start: float, end: float) -> Iterator[Incident]:
-    """Those that were open within the period, newest first."""
-    for opened, closed, severity, title, checks in connection.execute(
-        """SELECT opened_at, closed_at, severity, title, checks FROM incidents
-        WHERE opened_at < ? AND (closed_at IS NULL OR closed_at >= ?) ORDER BY opened_at DESC LIMIT ?""",
-        (end, start, MOST_INCIDENTS),
-    ):
-        yield Incident(
-            title=title,
-            severity=cast(Severity, severity),
-            opened_at=datetime.fromtimestamp(opened, UTC),
-            closed_at=None if closed is None else datetime.fromtimestamp(closed, UTC),
-            checks=tuple(str(check) for check in _names(checks)),
-        )
-
-
-def _names(text: str) -> Sequence[Any]:
-    try:
-        return msgspec.json.decode(text, type=list[str])
-    except msgspec.DecodeError:  # another release's; the title says what matters
-        return ()

@@ -20,6 +20,7 @@ import pytest
 
 import runner
 from actors.core import daily as words
+from actors.monitor.journal import Journal
 from actors.monitor.report import Sources, build_notice, gather
 from actors.monitor.report_pictures import DrawingFailed, draw, drawing_of
 from bus import topology
@@ -292,7 +293,9 @@ async def test_the_actors_own_credentials_are_enough(tmp_path: Path, pg_url: str
                 Settings(home=str(tmp_path / "home")), bus, pg_url, lambda: None, None, process=process,
                 standing=Standing("health", process),
             )  # fmt: skip
-            notice = await build_notice(ctx, NOW)
+            (tmp_path / "home").mkdir()
+            with closing(Journal.open(tmp_path / "home")) as diary:
+                notice = await build_notice(ctx, diary, NOW)
             await bus.close()
     except DeployError as error:
         missing(str(error))
