@@ -327,19 +327,24 @@ def _of_backups(daily: Daily) -> Iterable[Concern]:
     made, failed = backups.newest.get("made"), backups.newest.get("failed")
     if failed is not None and (made is None or failed.at > made.at):
         yield Concern("bad", f"The newest backup failed: {sentence(failed.error or 'its log says why')}")
-    elif made is None and not backups.kept:
+    elif made is None and not backups.kept and not any(name.startswith("backup.") for name in _failing(daily)):
         yield Concern("bad" if backups.wanted else "open", "There is no backup: make one with `mt5 backup run`.")
 
 
 def _of_room(daily: Daily) -> Iterable[Concern]:
     room = daily.room
-    checked = (
-        {name for service in daily.watch.services for name in service.failing} if daily.watch is not None else set()
-    )
-    for disk in room.disks if room is not None else ():
-        if room is not None and disk.share < room.warn and not any(name.startswith("disk.") for name in checked):
+    if room is None or any(name.startswith("disk.") for name in _failing(daily)):
+        return
+    for disk in room.disks:
+        if disk.share < room.warn:
             tone: Tone = "bad" if disk.share < room.critical else "open"
             yield Concern(tone, f"{disk.name} has {size(disk.free)} of {size(disk.total)} left ({share(disk.share)}).")
+
+
+def _failing(daily: Daily) -> set[str]:
+    """Checks that are told already."""
+    services = daily.watch.services if daily.watch is not None else ()
+    return {name for service in services for name in service.failing}
 
 
 def _of_models(daily: Daily) -> Iterable[Concern]:
@@ -453,12 +458,12 @@ def quick(seconds: float | None) -> str:
 
 
 def size(amount: float) -> str:
-    """Bytes: ``1.4 GB``, by thousands."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(amount) < 999.5:
-            return f"{amount:.0f} {unit}" if unit == "B" or abs(amount) >= 99.5 else f"{amount:.1f} {unit}"
-        amount /= 1_000
-    return f"{amount:.1f} TB"
+    """Bytes, as the checks say them: ``1.4 GiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(amount) < 1_023.5:
+            return f"{amount:.0f} {unit}" if unit == "B" or abs(amount) >= 99.95 else f"{amount:.1f} {unit}"
+        amount /= 1_024
+    return f"{amount:.1f} TiB"
 
 
 def share(value: float | None, digits: int = 1) -> str:
@@ -555,7 +560,7 @@ def sorted_out(watch: Watch) -> tuple[list[Service], list[Service]]:
 def well_words(watch: Watch, well: Sequence[Service]) -> list[str]:
     names = ", ".join(service.name for service in well)
     out = [f"Well whenever they were looked at: {names}."] if well else []
-    return [*out, *([f"Not here: {', '.join(watch.absent)}."] if watch.absent else [])]
+    return [*out, *([f"Nothing to look at: {', '.join(watch.absent)}."] if watch.absent else [])]
 
 
 def _incidents(daily: Daily) -> list[str]:

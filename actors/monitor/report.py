@@ -505,8 +505,7 @@ def _disks(folders: Sequence[Path]) -> list[Disk]:
             continue
         if device not in seen:
             seen.add(device)
-            # What only root may use is not free for us.
-            out.append(Disk(name=str(folder), free=usage.free, total=usage.used + usage.free))
+            out.append(Disk(name=str(folder), free=usage.free, total=usage.total))
     return out
 
 

@@ -68,9 +68,10 @@ def watched(file: Path, since: datetime, until: datetime, interval: float) -> Wa
         start, end = since.timestamp(), until.timestamp()
         stats = {one.check: one for one in journal.stats(since, until)}
         checks = list(_checks(connection, stats, start, end))
+        looked = [check for check in checks if check.status != "skipped"]
         return Watch(
-            services=tuple(_services([check for check in checks if check.status != "skipped"])),
-            absent=tuple(sorted({_label(check.name) for check in checks if check.status == "skipped"})),
+            services=tuple(_services(looked)),
+            absent=tuple(sorted({_label(check.name) for check in checks} - {_label(check.name) for check in looked})),
             covered=_covered(connection, start, end, interval),
             incidents=tuple(journal.incidents(since, until)[:MOST_INCIDENTS]),
             waiting=connection.execute(

@@ -100,7 +100,7 @@ def _totals(report: Daily) -> str:
 
 def _unbroken(text: str) -> str:
     """Keeps a figure and its unit on one line."""
-    return re.sub(r"(?<=\d) (?=%|bp\b|ms\b|s\b|h\b|min\b|[kMGT]?B\b|days?\b)", "\u00a0", text)
+    return re.sub(r"(?<=\d) (?=%|bp\b|ms\b|s\b|h\b|min\b|(?:[KMGT]i)?B\b|days?\b)", "\u00a0", text)
 
 
 def _text(text: str, most: int = TEXT) -> str:

@@ -325,7 +325,9 @@ def _room(lines: Sequence[Line], warn: float) -> bytes:
         from matplotlib.ticker import MaxNLocator
 
         (line,) = sizes
-        unit, name = next(((u, n) for u, n in ((1e12, "TB"), (1e9, "GB")) if max(line.values) >= u), (1e6, "MB"))
+        unit, name = next(
+            ((u, n) for u, n in ((2**40, "TiB"), (2**30, "GiB")) if max(line.values) >= u), (2**20, "MiB")
+        )
         axes.plot([_hour(at) for at in line.ts], [v / unit for v in line.values], color=MODEL, linewidth=2.0)
         axes.set_ylim(0, 1.1 * max(line.values) / unit or 1.0)
         axes.yaxis.set_major_locator(MaxNLocator(4))

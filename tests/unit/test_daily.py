@@ -192,7 +192,7 @@ def test_a_quiet_day_needs_nobody() -> None:
         (
             {
                 "room": Room(
-                    disks=(Disk(name="/", free=2 * 10**9, total=10**11),),
+                    disks=(Disk(name="/", free=2 * 2**30, total=100 * 2**30),),
                     warn=0.1,
                     critical=0.03,
                     database=None,
@@ -201,7 +201,7 @@ def test_a_quiet_day_needs_nobody() -> None:
                 )
             },
             "bad",
-            "/ has 2.0 GB of 100 GB left (2.0 %).",
+            "/ has 2.0 GiB of 100 GiB left (2.0 %).",
         ),
         (
             {"models": Models(versions=(), steps=(), cards=(), skills=(), audited=20, different=1)},
@@ -298,7 +298,14 @@ def test_what_is_not_the_whole_is_never_called_the_whole(value: float) -> None:
 
 @pytest.mark.parametrize(
     ("amount", "said"),
-    [(0, "0 B"), (999, "999 B"), (1_000, "1.0 kB"), (999_600, "1.0 MB"), (123_456_789, "123 MB"), (2.5e12, "2.5 TB")],
+    [
+        (0, "0 B"),
+        (1_023, "1023 B"),
+        (1_024, "1.0 KiB"),
+        (2**20 - 1, "1.0 MiB"),
+        (123 * 2**20, "123 MiB"),
+        (2.5 * 2**40, "2.5 TiB"),
+    ],
 )
 def test_sizes(amount: float, said: str) -> None:
     assert words.size(amount) == said
