@@ -5,27 +5,30 @@ The life of an incident::
     a check fails `after` times ──▶ waits `group_seconds` for what fails with it ──▶ opened ──▶ escalated, reminder … ──▶ closed
                                       │ over before that, or held back by a window: never told
 
-A check that opens joins the incident of what explains it (:mod:`actors.core.causes`) and is not told by itself; else the open incident of
-its kind; else it begins one. What is told are *news*: failing checks that nothing explains, that no window holds back and
-that nobody knows of yet. Only failing checks and recent openings are remembered, so that the state of a healthy system is
-nearly empty.
+A check that opens joins the incident of what explains it (:mod:`actors.core.causes`) and is not told by itself; else the
+open incident of its kind; else it begins one. What is told are *news*: failing checks that nothing explains, that no window
+holds back and that nobody knows of yet. Only failing checks and recent openings are remembered, so that the state of a
+healthy system is empty.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
-from msgspec import Struct
 from msgspec.structs import replace
 
+from actors.core.alert_words import MOST_SHOWN, back, duration, moment, shown, title
 from actors.core.causes import explaining, group_of, near
+from actors.core.incidents import AlertState, Case, Incident, Step, Watch, incident_of, standing, turned_back
 from actors.core.windows import is_within, muted
-from schema.health import SEVERITIES, CheckResult, Kind, Notice, Severity, UtcTime
+from schema.health import SEVERITIES, CheckResult, Kind, Notice, Severity
 from schema.messages import Alert
 from schema.settings import Alerts
+
+__all__ = ["AlertState", "Incident", "Step", "advance", "ruling", "standing", "tell"]
 
 EVENT: Final = "event"  # checks of this kind are alerts that other actors have sent
 
@@ -37,102 +40,24 @@ RECOVERY: Final = 120.0
 CAUSE_WAIT: Final = 120.0
 # An incident that grows is told after twice the wait each time, at most this.
 MOST_WAIT: Final = 300.0
+DOUBLINGS: Final = 10
 # Seconds of the monitor's own running time without a result: what it no longer looks at is over …
 ABSENT: Final = 86_400.0
 # … and what it looks at and cannot judge as well; markets close for up to four days.
 UNJUDGED: Final = 7 * 86_400.0
 # More than this between two calls and the monitor did not run: nothing is concluded from that it saw nothing.
-LONGEST_STEP: Final = 300.0
+LONGEST_STEP: Final = timedelta(minutes=5)
 
 MOST_OF_A_KIND: Final = 2_000  # failing checks of a kind that are followed; more add nothing that a person could read
 MOST_WATCHED: Final = 20_000
 MOST_NAMED: Final = 100  # checks that an incident names
-MOST_SHOWN: Final = 20  # lines of a notice about single checks
 MOST_OPENINGS: Final = 1_000
 TEXT: Final = 500  # characters of a check's message
 NAME: Final = 200
 
+rank: Final = SEVERITIES.index
+
 _UNFIT: Final = re.compile(r"[^A-Za-z0-9.-]+")
-
-
-# --- state -------------------------------------------------------------------------------------------------------
-
-
-class Watch(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A check that fails, or has lately. Counts are of results in a row; ``unseen`` and ``unjudged`` are seconds.
-
-    ``severity`` is the worst that it has been confirmed to be while it is open; ``since`` its first failure;
-    ``told`` whether a notice has named it since it opened; ``steady``: open until it has not failed for ``flap_seconds``.
-    """
-
-    check: str
-    bad: int = 0
-    hot: int = 0  # of the failures in a row, the last so many were critical
-    good: int = 0
-    unseen: float = 0.0
-    unjudged: float = 0.0
-    message: str = ""
-    severity: Severity = "warning"
-    since: UtcTime
-    failed_at: UtcTime
-    opened_at: UtcTime | None = None
-    openings: tuple[UtcTime, ...] = ()
-    steady: bool = False
-    incident: str = ""
-    told: bool = False
-    explained_at: UtcTime | None = None  # when something last explained it
-
-    @property
-    def is_open(self) -> bool:
-        return self.opened_at is not None
-
-
-class Case(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """An incident at work. ``due``: when its news are told; ``told_at``: the last notice, None before the first.
-
-    ``checks``: those it has been about, what began it first. ``ended``: what its checks said when they came back.
-    """
-
-    id: str
-    group: str
-    opened_at: UtcTime
-    severity: Severity
-    title: str
-    checks: tuple[str, ...] = ()
-    due: UtcTime | None = None
-    told_at: UtcTime | None = None
-    escalations: int = 0
-    reminders: int = 0
-    recovered_at: UtcTime | None = None
-    ended: dict[str, str] = {}
-
-
-class AlertState(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """All that the rules remember, JSON-encodable. ``opened`` counts incidents, so that no two have the same id."""
-
-    at: UtcTime | None = None
-    watches: dict[str, Watch] = {}
-    cases: dict[str, Case] = {}
-    opened: int = 0
-
-
-class Incident(Struct, frozen=True, kw_only=True):
-    """What became of an incident. ``severity`` is the worst that it has been."""
-
-    id: str
-    opened_at: UtcTime
-    closed_at: UtcTime | None
-    severity: Severity
-    title: str
-    checks: tuple[str, ...]
-
-
-class Step(NamedTuple):
-    """The state that follows, what is to be told, and the incidents that changed: one transaction's content."""
-
-    state: AlertState
-    notices: tuple[Notice, ...]
-    incidents: tuple[Incident, ...]
 
 
 # --- rules -------------------------------------------------------------------------------------------------------
@@ -179,12 +104,6 @@ def tell(alert: Alert, now: datetime) -> CheckResult | None:
     )
 
 
-def standing(state: AlertState) -> tuple[Incident, ...]:
-    """The incidents that have been told and are not over, oldest first."""
-    told = [_incident(case) for case in state.cases.values() if case.told_at is not None]
-    return tuple(sorted(told, key=lambda incident: (incident.opened_at, incident.id)))
-
-
 # --- the step ----------------------------------------------------------------------------------------------------
 
 
@@ -200,9 +119,9 @@ def advance(state: AlertState, results: Sequence[CheckResult], now: datetime, ru
         raise ValueError("advance needs an aware time")
     now = now.astimezone(UTC)
     if state.at is not None and now < state.at:
-        state = _turned_back(state, state.at - now)
+        state = turned_back(state, state.at - now)
     round_ = _Round(state, now, rules)
-    round_.age()
+    round_.wake()
     for result in results:
         round_.take(result)
     round_.forget()
@@ -213,35 +132,7 @@ def advance(state: AlertState, results: Sequence[CheckResult], now: datetime, ru
     return round_.step()
 
 
-def _turned_back(state: AlertState, by: timedelta) -> AlertState:
-    """The state as if it had always been earlier by so much: a clock set back must not postpone what is due."""
-
-    def earlier(at: datetime | None) -> datetime | None:
-        return None if at is None else at - by
-
-    return replace(
-        state,
-        watches={
-            name: replace(
-                watch,
-                since=watch.since - by,
-                failed_at=watch.failed_at - by,
-                opened_at=earlier(watch.opened_at),
-                openings=tuple(at - by for at in watch.openings),
-                explained_at=earlier(watch.explained_at),
-            )
-            for name, watch in state.watches.items()
-        },
-        cases={
-            name: replace(
-                case, due=earlier(case.due), told_at=earlier(case.told_at), recovered_at=earlier(case.recovered_at)
-            )
-            for name, case in state.cases.items()
-        },
-    )
-
-
-Behind = Callable[[str, Collection[str]], Iterator[str]]
+Behind: TypeAlias = Callable[[str, Collection[str]], Iterator[str]]
 
 
 class _Round:
@@ -281,20 +172,19 @@ class _Round:
 
     # --- results ---
 
-    def age(self) -> None:
-        """Lets time pass: events that are not repeated end, and what is no longer looked at."""
-        if self.before.at is None:
-            return
-        step = min((self.now - self.before.at).total_seconds(), LONGEST_STEP)
-        for name, watch in self.before.watches.items():
-            self.watches[name] = replace(watch, unseen=watch.unseen + step, unjudged=watch.unjudged + step)
+    def wake(self) -> None:
+        """Nothing is concluded from what was not looked at while nobody looked."""
+        slept = self.now - (self.before.at or self.now) - LONGEST_STEP
+        if slept > timedelta():
+            for name, watch in self.watches.items():
+                self.watches[name] = replace(watch, seen_at=watch.seen_at + slept, judged_at=watch.judged_at + slept)
 
     def take(self, result: CheckResult) -> None:
         name = result.check[:NAME]
         watch = self.watches.get(name)
         if result.status == "skipped":
             if watch is not None and not is_within(name, EVENT):
-                self.watches[name] = replace(watch, unseen=0.0)
+                self.watches[name] = replace(watch, seen_at=self.now)
         elif result.status == "ok":
             if watch is not None:
                 self.watches[name] = self._succeeded(watch, result)
@@ -305,7 +195,7 @@ class _Round:
                     return
                 self._kinds[group] = self._kinds.get(group, 0) + 1
                 at = min(result.at, self.now)
-                watch = Watch(check=name, since=at, failed_at=at)
+                watch = Watch(check=name, since=at, failed_at=at, seen_at=self.now, judged_at=self.now)
             self.watches[name] = self._failed(watch, result)
 
     def _failed(self, watch: Watch, result: CheckResult) -> Watch:
@@ -318,9 +208,9 @@ class _Round:
             bad=watch.bad + 1,
             hot=hot,
             good=0,
-            unseen=0.0,
-            unjudged=0.0,
             failed_at=self.now,
+            seen_at=self.now,
+            judged_at=self.now,
             message=result.message[:TEXT],
         )
         severity: Severity = "critical" if hot >= rule.after else "warning"
@@ -333,7 +223,7 @@ class _Round:
         return replace(watch, opened_at=self.now, severity=severity, openings=openings, steady=steady, told=False)
 
     def _succeeded(self, watch: Watch, result: CheckResult) -> Watch:
-        watch = replace(watch, bad=0, hot=0, good=watch.good + 1, unseen=0.0, unjudged=0.0)
+        watch = replace(watch, bad=0, hot=0, good=watch.good + 1, seen_at=self.now, judged_at=self.now)
         if not watch.is_open or watch.good < self.ruling(watch.check).clear:
             return watch
         if watch.steady and not self.passed(watch.failed_at, self.rules.flap_seconds):
@@ -354,7 +244,8 @@ class _Round:
             steady=False,
             incident="",
             told=False,
-            explained_at=None,
+            explained=False,
+            freed_at=None,
         )
 
     def _recent(self, watch: Watch) -> tuple[datetime, ...]:
@@ -364,13 +255,13 @@ class _Round:
         """Ends what is not looked at any more, and drops what is neither failing nor has lately."""
         for name, watch in list(self.watches.items()):
             event = is_within(name, EVENT)
-            if event and watch.unseen >= EVENT_QUIET:
+            if event and self.passed(watch.seen_at, EVENT_QUIET):
                 if watch.is_open and watch.steady and not self.passed(watch.failed_at, self.rules.flap_seconds):
                     continue
-                words = f"not said again for {_duration(EVENT_QUIET)}"
-            elif not event and watch.unseen >= ABSENT:
+                words = f"not said again for {duration(EVENT_QUIET)}"
+            elif not event and self.passed(watch.seen_at, ABSENT):
                 words = "is no longer looked at"
-            elif not event and watch.unjudged >= UNJUDGED:
+            elif not event and self.passed(watch.judged_at, UNJUDGED):
                 words = "could not be judged for a week"
             else:
                 if not watch.is_open and watch.bad == 0 and not self._recent(watch):
@@ -413,7 +304,7 @@ class _Round:
             group=group,
             opened_at=watch.since,
             severity=self._severity(watch),
-            title=_title([watch]),
+            title=title([watch]),
             due=self.now + timedelta(seconds=self.rules.group_seconds),
         )
         return name
@@ -431,16 +322,16 @@ class _Round:
         self.watches[name] = replace(self.watches[name], incident=incident)
 
     def explain(self) -> None:
-        """Finds for each open check what explains it, and remembers when that was."""
-        for name, watch in self.watches.items():
+        """Finds for each open check what explains it, or may be about to."""
+        for name, watch in list(self.watches.items()):
             if not watch.is_open:
                 continue
             cause = self._cause(watch)
-            if cause is not None and (cause or not self.passed(watch.opened_at, CAUSE_WAIT)):
+            if cause or (cause == "" and not self.passed(watch.opened_at, CAUSE_WAIT)):
                 self._explained[name] = cause
-        for name, cause in self._explained.items():
-            if cause:
-                self.watches[name] = replace(self.watches[name], explained_at=self.now)
+            if bool(cause) != watch.explained:
+                freed_at = None if cause else self.now
+                self.watches[name] = replace(watch, explained=bool(cause), freed_at=freed_at)
 
     def _cause(self, watch: Watch, behind: Behind = explaining) -> str | None:
         """The open check that explains this one; "" if one that could has begun to fail; None."""
@@ -450,7 +341,10 @@ class _Round:
             if name == watch.check or self.ruling(name).mute:
                 continue  # what is never told explains nothing: somebody has to hear of it
             if other.is_open:
-                if SEVERITIES.index(other.severity) >= SEVERITIES.index(watch.severity):
+                # One that stays open until it is steady may have worked for long.
+                if (other.bad or not self.passed(other.failed_at, RECOVERY)) and rank(other.severity) >= rank(
+                    watch.severity
+                ):
                     return name
             elif other.bad:
                 begun = True
@@ -458,6 +352,7 @@ class _Round:
 
     def gather(self) -> None:
         """Moves what nobody has been told of to the incidents of what is behind it, where that began later."""
+        left: set[str] = set()
         moved = True
         while moved:  # a cause may move itself; the tables have no circles, so this ends
             moved = False
@@ -468,25 +363,40 @@ class _Round:
                 cause = self._explained.get(name) or self._cause(watch, near)
                 target = self.watches[cause].incident if cause else ""
                 if target and target != case.id:
-                    self._leave(name, case)
                     self._join(name, target)
+                    left.add(case.id)
                     moved = True
+        if left:
+            members = self._members()
+            for incident in [name for name in self.cases if name in left]:
+                self._shrink(incident, members.get(incident, []))
 
-    def _leave(self, name: str, case: Case) -> None:
-        stay = [watch.since for other, watch in self.watches.items() if watch.incident == case.id and other != name]
+    def _shrink(self, incident: str, stay: list[Watch]) -> None:
         if not stay:
-            del self.cases[case.id]
+            del self.cases[incident]
             return
-        checks = tuple(check for check in case.checks if check != name)
-        self.cases[case.id] = replace(case, checks=checks, opened_at=min(stay))
+        first = min(stay, key=lambda watch: watch.since)
+        checks = tuple(watch.check for watch in stay[:MOST_NAMED])
+        self.cases[incident] = replace(
+            self.cases[incident],
+            opened_at=first.since,
+            title=title([first]),
+            severity=self._severity(first),
+            checks=checks,
+        )
 
-    # --- telling ---
-
-    def tell(self) -> None:
+    def _members(self) -> dict[str, list[Watch]]:
+        """The failing checks of every incident."""
         members: dict[str, list[Watch]] = {}
         for watch in self.watches.values():
             if watch.is_open and watch.incident:
                 members.setdefault(watch.incident, []).append(watch)
+        return members
+
+    # --- telling ---
+
+    def tell(self) -> None:
+        members = self._members()
         for incident in list(self.cases):
             failing = members.get(incident, [])
             if failing:
@@ -500,14 +410,14 @@ class _Round:
         if case.told_at is not None:
             if case.checks and self.held(case.checks[0]):
                 return  # it may yet fail again before the window ends; then the incident goes on
-            lasted = _duration(((case.recovered_at or self.now) - case.opened_at).total_seconds())
+            lasted = duration(((case.recovered_at or self.now) - case.opened_at).total_seconds())
             lines = [
-                f"It lasted {lasted}, since {_moment(case.opened_at)}.",
-                *_shown(f"{check}: {words}" for check, words in case.ended.items()),
+                f"It lasted {lasted}, since {moment(case.opened_at)}.",
+                *shown(f"{check}: {words}" for check, words in case.ended.items()),
             ]
             self._notice(case, "closed", "closed", case.title, lines, case.checks)
         del self.cases[case.id]
-        self.incidents[case.id] = _incident(case, closed_at=max(case.recovered_at or self.now, case.opened_at))
+        self.incidents[case.id] = incident_of(case, closed_at=max(case.recovered_at or self.now, case.opened_at))
 
     def _tell_failing(self, case: Case, failing: list[Watch]) -> None:
         case = self.cases[case.id] = replace(case, recovered_at=None)
@@ -515,16 +425,17 @@ class _Round:
         if not loud:
             return
         news = [watch for watch in loud if not watch.told]
-        severity = max((self._severity(watch) for watch in loud), key=SEVERITIES.index)
+        severity = max((self._severity(watch) for watch in loud), key=rank)
         if case.told_at is None:
             if case.due is None or self.now >= case.due:
                 self._open(case, loud, failing, severity)
             return
-        worse = SEVERITIES.index(severity) > SEVERITIES.index(case.severity)
+        worse = rank(severity) > rank(case.severity)
         if worse:
             due: datetime | None = self.now
         elif news:
-            wait = min(self.rules.group_seconds * 2**case.escalations, max(MOST_WAIT, self.rules.group_seconds))
+            group = self.rules.group_seconds
+            wait = min(group * 2 ** min(case.escalations, DOUBLINGS), max(MOST_WAIT, group))
             due = case.due or self.now + timedelta(seconds=wait)
         else:
             due = None
@@ -536,7 +447,7 @@ class _Round:
         if case.severity == "info":
             return  # said once; there is nothing to do about it
         remind = min(self.ruling(watch.check).remind_seconds for watch in loud)
-        judged = any(watch.unjudged == 0.0 for watch in loud if not is_within(watch.check, EVENT))
+        judged = any(watch.judged_at == self.now for watch in loud if not is_within(watch.check, EVENT))
         if judged and self.passed(case.told_at, remind):
             self._remind(case, loud, failing)
 
@@ -544,43 +455,43 @@ class _Round:
         """Whether it is to be told: nothing explains it, or has just done so, and nothing holds it back."""
         if watch.check in self._explained or self.ruling(watch.check).mute or self.held(watch.check):
             return False
-        return watch.explained_at is None or self.passed(watch.explained_at, RECOVERY)
+        return watch.freed_at is None or self.passed(watch.freed_at, RECOVERY)
 
     def _severity(self, watch: Watch) -> Severity:
-        return min(watch.severity, self.ruling(watch.check).most, key=SEVERITIES.index)
+        return min(watch.severity, self.ruling(watch.check).most, key=rank)
 
     def _rank(self, watch: Watch) -> tuple[int, datetime, str]:
-        return -SEVERITIES.index(self._severity(watch)), watch.since, watch.check
+        return -rank(self._severity(watch)), watch.since, watch.check
 
     def _open(self, case: Case, loud: list[Watch], failing: list[Watch], severity: Severity) -> None:
-        case = replace(case, severity=severity, title=_title(loud), checks=_first(loud, case.checks))
-        lines = [f"Since {_moment(case.opened_at)}.", *self._lines(loud, failing)]
+        case = replace(case, severity=severity, title=title(loud), checks=_main_first(loud, case.checks))
+        lines = [f"Since {moment(case.opened_at)}.", *self._lines(loud, failing)]
         self._notice(case, "opened", "opened", case.title, lines, self._about(loud, failing))
         self._told(replace(case, told_at=self.now, due=None), loud)
 
     def _escalate(
         self, case: Case, loud: list[Watch], news: list[Watch], failing: list[Watch], severity: Severity
     ) -> None:
-        worse = SEVERITIES.index(severity) > SEVERITIES.index(case.severity)
+        worse = rank(severity) > rank(case.severity)
         first = loud if worse else [*news, *(watch for watch in loud if watch not in news)]
         number = case.escalations + 1
         case = replace(case, escalations=number)
         if worse:
-            case = replace(case, severity=severity, title=_title(loud))
+            case = replace(case, severity=severity, title=title(loud))
         lines = [
             f"Severity is {case.severity} now." if worse else "More fails than before.",
-            f"The incident lasts since {_moment(case.opened_at)}.",
+            f"The incident lasts since {moment(case.opened_at)}.",
             *self._lines(first, failing),
-            *_back(case),
+            *back(case),
         ]
-        self._notice(case, "escalated", f"escalated:{number}", _title(first), lines, self._about(first, failing))
+        self._notice(case, "escalated", f"escalated:{number}", title(first), lines, self._about(first, failing))
         self._told(replace(case, told_at=self.now, due=None), loud)
 
     def _remind(self, case: Case, loud: list[Watch], failing: list[Watch]) -> None:
         number = case.reminders + 1
-        lasted = _duration((self.now - case.opened_at).total_seconds())
-        lines = [f"It lasts for {lasted}, since {_moment(case.opened_at)}.", *self._lines(loud, failing), *_back(case)]
-        self._notice(case, "reminder", f"reminder:{number}", _title(loud), lines, self._about(loud, failing))
+        lasted = duration((self.now - case.opened_at).total_seconds())
+        lines = [f"It lasts for {lasted}, since {moment(case.opened_at)}.", *self._lines(loud, failing), *back(case)]
+        self._notice(case, "reminder", f"reminder:{number}", title(loud), lines, self._about(loud, failing))
         self._told(replace(case, reminders=number, told_at=self.now), loud)
 
     def _told(self, case: Case, loud: list[Watch]) -> None:
@@ -601,12 +512,12 @@ class _Round:
         return (*(watch.check for watch in loud), *self._with(loud, failing))[:MOST_NAMED]
 
     def _lines(self, loud: list[Watch], failing: list[Watch]) -> list[str]:
-        lines = _shown(f"{watch.check} ({self._severity(watch)}): {watch.message}" for watch in loud)
+        lines = shown(f"{watch.check} ({self._severity(watch)}): {watch.message}" for watch in loud)
         if any(watch.steady for watch in loud):
             names = ", ".join(watch.check for watch in loud if watch.steady)
             lines.append(
                 f"It comes and goes: {names} counts as failing until it has been steady for "
-                f"{_duration(self.rules.flap_seconds)}."
+                f"{duration(self.rules.flap_seconds)}."
             )
         with_it = self._with(loud, failing)
         if with_it:
@@ -636,63 +547,15 @@ class _Round:
     def step(self) -> Step:
         for name, case in self.cases.items():
             if case.told_at is not None:
-                incident = _incident(case)
+                incident = incident_of(case)
                 old = self.before.cases.get(name)
-                if old is None or old.told_at is None or _incident(old) != incident:
+                if old is None or old.told_at is None or incident_of(old) != incident:
                     self.incidents[name] = incident
         state = AlertState(at=self.now, watches=self.watches, cases=self.cases, opened=self.opened)
         return Step(state, tuple(self.notices), tuple(self.incidents.values()))
 
 
-# --- words -------------------------------------------------------------------------------------------------------
-
-
-def _incident(case: Case, closed_at: datetime | None = None) -> Incident:
-    return Incident(
-        id=case.id,
-        opened_at=case.opened_at,
-        closed_at=closed_at,
-        severity=case.severity,
-        title=case.title,
-        checks=case.checks,
-    )
-
-
-def _first(loud: Sequence[Watch], checks: tuple[str, ...]) -> tuple[str, ...]:
+def _main_first(loud: Sequence[Watch], checks: tuple[str, ...]) -> tuple[str, ...]:
     """The incident's checks with the main one in front."""
     main = loud[0].check
     return (main, *(name for name in checks if name != main))
-
-
-def _title(loud: Sequence[Watch]) -> str:
-    more = f" (and {len(loud) - 1} more)" if len(loud) > 1 else ""
-    return f"{loud[0].check}: {loud[0].message}"[:160] + more
-
-
-def _back(case: Case) -> list[str]:
-    """Which of an incident's checks do not fail any more."""
-    names = list(case.ended)
-    more = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
-    return [f"Works again: {', '.join(names[:MOST_SHOWN])}{more}."] if names else []
-
-
-def _shown(lines: Iterable[str]) -> list[str]:
-    every = list(lines)
-    more = [f"… and {len(every) - MOST_SHOWN} more."] if len(every) > MOST_SHOWN else []
-    return every[:MOST_SHOWN] + more
-
-
-def _moment(at: datetime) -> str:
-    return f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
-
-
-def _duration(seconds: float) -> str:
-    """In the two units that matter: ``2 h 5 min``."""
-    whole = max(0, round(seconds))
-    sizes: Mapping[str, int] = {"d": 86_400, "h": 3_600, "min": 60, "s": 1}
-    parts = []
-    for unit, size in sizes.items():
-        count, whole = divmod(whole, size)
-        if count:
-            parts.append(f"{count} {unit}")
-    return " ".join(parts[:2]) or "0 s"

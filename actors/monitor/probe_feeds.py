@@ -35,6 +35,8 @@ LEARN_SECONDS: Final = 3.0  # ... and how long that may take
 LEARN_WEEKS: Final = 16  # of bars that sessions are learnt from, and ...
 LEARN_BARS: Final = 120_000  # ... at most so many
 LEARNT_FOR: Final = 86_400.0
+YOUNG: Final = 28 * 86_400  # of history, before which sessions are learnt anew ...
+YOUNG_FOR: Final = 600.0  # ... so often
 SUBJECTS_EVERY: Final = 300.0  # how often series are looked for that the archive has not got yet
 LIVE_BARS: Final = 2_000  # newest bars of which one came live where a series is a live one
 JUDGED_FOR: Final = 60.0  # how long a verdict other than fresh stands while no bar comes
@@ -63,6 +65,14 @@ class Feed:
     @property
     def step(self) -> int:
         return SECONDS[self.timeframe]
+
+    def wants_learning(self, now: float) -> bool:
+        """A young series' sessions are learnt anew as it grows."""
+        if not self.learnt or self.calendar is None:
+            return not self.learnt or bool(self.live)
+        first, last = self.calendar.first, self.calendar.head
+        young = first is None or last - first < YOUNG
+        return now - self.learnt > (YOUNG_FOR if young else LEARNT_FOR)
 
     def heard(self, opened: int, received: float, *, live: bool) -> None:
         """A newer bar; ``live``: it was no history and no replay."""
@@ -190,7 +200,7 @@ class FeedProbes:
 
     async def _learn(self, feeds: Sequence[Feed], began: float, store: Store) -> None:
         """Sessions, and whether a series is a live one at all, of those that are overdue and were not learnt lately."""
-        due = [feed for feed in feeds if not feed.learnt or began - feed.learnt > LEARNT_FOR]
+        due = [feed for feed in feeds if feed.wants_learning(began)]
         for feed in sorted(due, key=lambda feed: (feed.learnt, feed.step))[:MOST_LEARNT]:
             if time.monotonic() - began > LEARN_SECONDS:
                 return
