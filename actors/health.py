@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import json
 import secrets
 import time
@@ -250,9 +251,9 @@ class Health:
             queued = self._journal.deliveries(notice_id)
             if new := not queued:
                 try:
-                    from actors.monitor.report import build_notice  # late: it brings numpy along
-
-                    self._desk.queue(await build_notice(self.ctx, self._journal, now, day))
+                    # Late, and beside the loop: it brings numpy along.
+                    report = await asyncio.to_thread(importlib.import_module, "actors.monitor.report")
+                    self._desk.queue(await report.build_notice(self.ctx, self._journal, now, day))
                 except Exception as error:
                     # A report that cannot be made must not keep the monitor from its work.
                     self._log.exception("the daily report failed", action="health.report")

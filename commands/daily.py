@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from commands.output import DONE, NO, WRONG, CommandError, complain, say, stderr_console, write_json
 from commands.places import bus_of, find, store_of
@@ -47,13 +47,32 @@ async def report(args: argparse.Namespace) -> int:
         file = await _written(made, args.html, loaded.home)
     if args.json:
         if not args.mail:
-            write_json(made)
+            write_json(_facts(made))
     elif args.html is not None:
         say(f"The report is in {file}: {words.headline(made).text.lower()}.")
     else:
         for line in words.lines(made):
             say(line)
     return DONE
+
+
+def _facts(made: Daily) -> dict[str, Any]:
+    """The report with what follows from it."""
+    import msgspec
+
+    from actors.core import daily as words
+
+    verdict = words.headline(made)
+    facts: dict[str, Any] = {
+        "headline": verdict.text,
+        "tone": verdict.tone,
+        "concerns": [concern._asdict() for concern in words.concerns(made)],
+    }
+    if made.market is not None:
+        totals = ("bars", "live", "signals", "traded")
+        facts["totals"] = {name: getattr(made.market, name) for name in totals}
+    facts |= msgspec.to_builtins(made)
+    return facts
 
 
 def day_of(text: str | None, now: datetime) -> date | None:

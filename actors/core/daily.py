@@ -24,6 +24,7 @@ Look = Literal[-1, 0, 1, 2]  # of a slot of time: nobody looked, all was well, a
 SLOTS: Final = 96  # of a period: a quarter of an hour each, of a day
 DASH: Final = "–"
 JOB_STALE: Final = timedelta(hours=50)  # a nightly job that has not run for two nights
+JOB_FORGOTTEN: Final = timedelta(days=14)  # after which it was a person who ran it once
 SILENT: Final = 0.02  # share of the period without a look from which the monitor's silence is told
 MINOR: Final = frozenset({"commits", "pictures", "jobs"})  # sections without which a day is known all the same
 SECTIONS: Final = {
@@ -357,7 +358,7 @@ def _of_jobs(daily: Daily) -> Iterable[Concern]:
     for job in daily.jobs:
         if not job.ok:
             yield Concern("bad", f"{job.name} failed: {sentence(job.summary)}")
-        elif daily.until - job.at > JOB_STALE:
+        elif JOB_STALE < daily.until - job.at < JOB_FORGOTTEN:
             yield Concern("open", f"{job.name} has not run since {moment(job.at, daily.until)}.")
 
 
@@ -402,8 +403,10 @@ def title(daily: Daily) -> str:
 
 
 def period(daily: Daily) -> str:
-    if daily.day:
+    if daily.day and daily.until == daily.since + timedelta(days=1):
         return f"{_date(daily.since)}, the whole day (UTC)"
+    if daily.day:
+        return f"{_date(daily.since)}, up to {daily.until:%H:%M} UTC"
     hours = (daily.until - daily.since).total_seconds()
     return f"The {duration(hours)} to {_date(daily.until)}, {daily.until:%H:%M} UTC"
 
@@ -423,7 +426,7 @@ def sentence(text: str) -> str:
 def moment(at: datetime, now: datetime) -> str:
     """A time as far as it is not clear from ``now``."""
     at = at.astimezone(UTC)
-    if at.date() == now.date():
+    if at.date() == (now - timedelta(microseconds=1)).date():  # midnight ends a day's report, and is not of it
         return f"{at:%H:%M}"
     return f"{at.day} {at:%b}, {at:%H:%M}" if abs((now - at).days) < 300 else f"{at.day} {at:%b %Y}"
 

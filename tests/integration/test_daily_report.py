@@ -347,6 +347,8 @@ async def test_the_command_prints_writes_and_answers_machines(
     assert await mt5("health", "report", "--day", "2026-11-27", "--json") == DONE
     said = json.loads(capsys.readouterr().out)
     assert said["market"]["series"][0]["symbol"] == "EURUSD"
+    assert said["totals"] == {"bars": 11, "live": 7, "signals": 4, "traded": 2}
+    assert said["concerns"][0]["tone"] == said["tone"] == "bad"
     assert await mt5("health", "report", "--day", "2026-11-27") == DONE
     assert "EURUSD M1" in capsys.readouterr().out
 

@@ -219,6 +219,11 @@ def test_a_quiet_day_needs_nobody() -> None:
             "tests has not run since 24 Nov, 22:00.",
         ),
         (
+            {"backups": Backups(newest={"failed": copy(event="failed")}, kept=0, wanted=True)},
+            "bad",
+            "The newest backup failed: Its log says why.",
+        ),
+        (
             {"market": None, "problems": {"archive": "PostgreSQL is away."}},
             "bad",
             "Candles, signals and models: PostgreSQL is away.",
@@ -316,6 +321,21 @@ def test_a_line_grows_by_its_slope() -> None:
     line = Line(name="database", ts=ts, values=tuple(5.0 + 24 * at / 86_400 for at in ts))
     assert words.growth(line) == pytest.approx(24.0)
     assert words.growth(Line(name="database", ts=ts[:5], values=line.values[:5])) is None
+
+
+def test_times_are_told_as_far_as_they_are_not_clear() -> None:
+    midnight = datetime(2026, 11, 28, tzinfo=UTC)
+    assert words.moment(NOW, NOW) == "22:00"
+    assert words.moment(NOW, midnight) == "22:00"  # the report of that day ends at midnight
+    assert words.moment(NOW, midnight + timedelta(minutes=1)) == "27 Nov, 22:00"
+    assert words.moment(NOW, NOW + timedelta(days=400)) == "27 Nov 2026"
+
+
+def test_a_day_by_name_says_whether_it_is_over() -> None:
+    morning = datetime(2026, 11, 27, tzinfo=UTC)
+    assert words.period(quiet(day=True, since=morning, until=morning + DAY)) == "27 November 2026, the whole day (UTC)"
+    assert words.period(quiet(day=True, since=morning)) == "27 November 2026, up to 22:00 UTC"
+    assert words.period(quiet()) == "The 24 h to 27 November 2026, 22:00 UTC"
 
 
 # --- gathering ---------------------------------------------------------------------------------------------------
