@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
@@ -41,7 +42,7 @@ def market(start: int, end: int, step: int = MINUTE) -> list[int]:
 def calendar_of(times: list[int], timeframe: str = "M1") -> Calendar:
     step = SECONDS[timeframe]
     made = Calendar(timeframe)
-    holes = [(a, b) for a, b in zip(times, times[1:], strict=False) if b - a != step]
+    holes = [(a, b) for a, b in pairwise(times) if b - a != step]
     learn(made, times[0], holes, times[-1])
     return made
 
@@ -94,7 +95,7 @@ def test_longer_bars_are_no_different(timeframe: str) -> None:
     )
     calendar = calendar_of(times, timeframe)
     week = [ts for ts in times if ts >= at("2025-02-16")]
-    for head, following in zip(week, week[1:], strict=False):
+    for head, following in pairwise(week):
         # Just before the next bar is due nothing is wrong, however long the pause between.
         assert freshness(calendar, head, following + step + 1, PATIENCE).state != "stale", (head, following)
     wednesday = at("2025-02-19T08:00:00")
@@ -137,7 +138,7 @@ def test_real_feeds_raise_hardly_a_false_alarm(data: Path, name: str) -> None:
     with file.open("rb") as stream:
         times = [int(row.ts.timestamp()) for rows in read_bars(decode_lines(iter(stream))) for row in rows]
     calendar, alarms, judged_from = Calendar("M1"), [], times[0] + WEEK
-    for head, following in zip(times, times[1:], strict=False):
+    for head, following in pairwise(times):
         calendar.observe(head, head)
         if following - head > 2 * MINUTE and head > judged_from:
             ends = np.unique(np.linspace(head + 2 * MINUTE, following + MINUTE, 6).astype(int))
