@@ -20,12 +20,13 @@ from typing import Any, Final
 
 import structlog
 
-from actors.monitor.journal import Journal, JournalBroken
+from actors.monitor.journal import FILE, Journal, JournalBroken
 from actors.monitor.outbox import Outbox, Sender
 from actors.monitor.senders import senders
 from commands.settings import Loaded
 from schema.health import Notice
 
+DATABASE: Final = FILE  # under MT5_HOME
 LOOK_SECONDS: Final = 0.2
 ALIVE_ROUNDS: Final = 3  # rounds of checks without a result after which no monitor lives
 SEND_SECONDS: Final = 10.0  # that a living monitor is watched sending it

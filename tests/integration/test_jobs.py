@@ -229,8 +229,10 @@ def test_a_home_that_takes_no_file_keeps_no_mail_back(
     assert "Told by smtp." in said
 
 
-def test_a_sender_that_is_configured_by_half_is_a_failure(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MT5_NOTIFY_TELEGRAM_TOKEN", "1:a")
+def test_a_sender_that_cannot_work_is_a_failure(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure(monkeypatch, 25)
+    monkeypatch.setenv("MT5_NOTIFY_SMTP_SECURITY", "tls")
+    monkeypatch.setenv("MT5_NOTIFY_SMTP_CA_FILE", str(home / "none.pem"))
     with pytest.raises(CommandError, match="Nobody could be told of it"):
         run_job("tests", asked(), lambda job: Outcome(True, "Fine."))
     assert kept(home, "tests").ok
