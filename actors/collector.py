@@ -78,7 +78,15 @@ LEARNT_AT_ONCE: Final = 64  # series that the log is asked for side by side
 LOOKED_UP: Final = 8  # bars of one payload for whose predecessor the archive is asked
 LOOK_UP_WAIT: Final = 0.5
 SCORECARD_WAIT: Final = 2.0  # seconds that the scorer has to answer; it answers from memory
-PEERS: Final = ("features", "emitter", "recorder", "trainer", "scorer")  # what /health of the gateway asks about
+PEERS: Final = (
+    "features",
+    "emitter",
+    "recorder",
+    "trainer",
+    "scorer",
+    "health",
+    "backup",
+)  # what /health of the gateway asks about
 
 Key = tuple[str, str]
 

@@ -160,6 +160,7 @@ _PUBLISH: Final[dict[str, tuple[str, ...]]] = {
         ALERTS.wildcard,
         PROBE,
         *_read(_name(ALERTS)),
+        f"{API}.DIRECT.GET.{_name(CANDLES)}.>",  # a series' newest message, when the archive seems behind
         f"{API}.INFO",
         f"{API}.STREAM.LIST",
         f"{API}.STREAM.INFO.*",

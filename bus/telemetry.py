@@ -129,6 +129,24 @@ notices_total: Final = CounterMetric(
     "mt5_notices_total", "Tries to send a notice, by sender and result.", unlabelled=False
 )
 outbox_gauge: Final = GaugeMetric("mt5_outbox_waiting", "Notices that wait to be sent, by sender.")
+check_gauge: Final = GaugeMetric("mt5_check_status", "The monitor's checks: 0 ok, 1 warning, 2 critical, -1 skipped.")
+check_value_gauge: Final = GaugeMetric("mt5_check_value", "What a check measured, in its own unit.")
+check_results_total: Final = CounterMetric(
+    "mt5_check_results_total", "Results of the monitor's checks, by status.", unlabelled=False
+)
+incidents_gauge: Final = GaugeMetric("mt5_incidents_open", "Incidents that were told and are not over.")
+backup_made_gauge: Final = GaugeMetric(
+    "mt5_backup_last_success_timestamp_seconds", "When the newest backup was begun; with a target, that is there."
+)
+backup_newest_gauge: Final = GaugeMetric(
+    "mt5_backup_newest_data_timestamp_seconds", "When the newest candle in the newest backup was received."
+)
+backup_bytes_gauge: Final = GaugeMetric("mt5_backup_bytes", "Size of the newest backup.")
+backup_seconds_gauge: Final = GaugeMetric("mt5_backup_seconds", "How long the newest backup took to make.")
+backup_runs_total: Final = CounterMetric("mt5_backup_runs_total", "Runs of a backup, by outcome.", unlabelled=False)
+drill_at_gauge: Final = GaugeMetric("mt5_drill_last_success_timestamp_seconds", "When a restore was last practised.")
+drill_rto_gauge: Final = GaugeMetric("mt5_drill_rto_seconds", "How long the last practised restore took.")
+drill_rpo_gauge: Final = GaugeMetric("mt5_drill_rpo_seconds", "Age of the newest candle in it by then.")
 series_gauge: Final = GaugeMetric("mt5_series", "Series known to an actor.")
 
 

@@ -129,7 +129,7 @@ def run_job(name: str, args: argparse.Namespace, work: Callable[[Job], Outcome])
             summary=outcome.summary,
             details=outcome.details[:DETAILS],
         )
-        write_private(job.folder / f"{name}.json", msgspec.json.encode(result).decode() + "\n")
+        _keep(job, result)
         if args.json:
             write_json(result)
         else:
@@ -216,9 +216,15 @@ def _is_told(mail: str, outcome: Outcome, before: JobResult | None) -> bool:
     return mail == "failure" and (not outcome.ok or recovered)
 
 
-def _tell(loaded: Loaded, result: JobResult, outcome: Outcome) -> None:
-    import sqlite3
+def _keep(job: Job, result: JobResult) -> None:
+    path = job.folder / f"{result.name}.json"
+    try:
+        write_private(path, msgspec.json.encode(result).decode() + "\n")
+    except OSError as error:  # a full disk must not keep the mail back that tells of it
+        complain(f"the result is not kept, {path} cannot be written: {error.strerror}.")
 
+
+def _tell(loaded: Loaded, result: JobResult, outcome: Outcome) -> None:
     from bus.supervise import ConfigurationError
     from commands.jobs_tell import tell
 
@@ -231,10 +237,9 @@ def _tell(loaded: Loaded, result: JobResult, outcome: Outcome) -> None:
         at=result.at,
     )
     try:
-        complain_or_say = tell(loaded, notice)
-    except (ConfigurationError, sqlite3.Error) as error:
+        complain(tell(loaded, notice))
+    except ConfigurationError as error:
         raise CommandError(f"Nobody could be told of it: {error}", NO) from error
-    complain(complain_or_say)
 
 
 def _about(result: JobResult) -> str:
@@ -245,7 +250,7 @@ def last_result(folder: Path, name: str) -> JobResult | None:
     """What the run before left; None where there was none, or it cannot be read any more."""
     try:
         return msgspec.json.decode((folder / f"{name}.json").read_bytes(), type=JobResult)
-    except (FileNotFoundError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError):
         return None
 
 

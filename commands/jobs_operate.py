@@ -5,7 +5,6 @@ The commands run as processes of their own: their exit code is the answer, their
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 from typing import Final, TypeVar
@@ -14,6 +13,7 @@ import msgspec
 
 from commands.jobs import ROOT, Job, Outcome
 from commands.jobs_programs import JobFailed, Ran, run
+from schema.health import CheckResult
 
 BACKUP_SECONDS: Final = 4 * 3_600.0
 VERIFY_SECONDS: Final = 4 * 3_600.0
@@ -53,26 +53,19 @@ def report(job: Job) -> Outcome:
 
 
 def runner(job: Job) -> Outcome:
-    """Whether every unit of GitHub's runner is active."""
-    pattern = job.loaded.settings.health.runner_units
-    if shutil.which("systemctl") is None:
-        return Outcome(True, "There is no systemd here, and so no runner to look at.", nothing=True)
-    words = ("systemctl", "list-units", "--all", "--plain", "--no-legend", "--type=service", pattern)
-    ran = run(words, cwd=Path("/"), seconds=LOOK_SECONDS)
-    if ran.code != 0:
-        raise JobFailed("systemd does not say how the CI runner is.", ran.tail())
-    # "actions.runner.owner-repository.host.service loaded active running GitHub Actions Runner (…)"
-    units = {fields[0]: fields[2] for line in ran.out.splitlines() if len(fields := line.split(maxsplit=4)) >= 4}
-    if not units:
-        return Outcome(True, f"No unit {pattern} is installed here.", nothing=True)
-    down = {unit: state for unit, state in units.items() if state != "active"}
-    if down:
-        lines = [
-            f"{unit} is {state}: `systemctl restart {unit}`, and see `journalctl -u {unit}`."
-            for unit, state in down.items()
-        ]
-        return Outcome(False, f"The CI runner does not work: {', '.join(down)}.", tuple(lines))
-    return Outcome(True, f"The CI runner works: {', '.join(units)}.")
+    """What the health monitor's own check of GitHub's runner says, now."""
+    ran = _mt5("health", "check", "runner", "--json", seconds=LOOK_SECONDS)
+    seen = _decode(ran, _Checks)
+    if seen is None:
+        raise JobFailed("Nobody knows how the CI runner is: `health check runner` gave no answer.", ran.tail())
+    lines = tuple(result.message for result in seen.results)
+    wrong = [result for result in seen.results if result.status in ("warning", "critical")]
+    if wrong:
+        names = ", ".join(result.check.removeprefix("runner.") for result in wrong)
+        return Outcome(False, f"The CI runner does not work: {names}.", lines)
+    if all(result.status == "skipped" for result in seen.results):
+        return Outcome(True, "There is no CI runner here.", lines, nothing=True)
+    return Outcome(True, "The CI runner works.", lines)
 
 
 def _mt5(*words: str, seconds: float) -> Ran:
@@ -85,6 +78,10 @@ class _Made(msgspec.Struct):
     message: str
     backup: str
     left_out: list[str] = []
+
+
+class _Checks(msgspec.Struct):
+    results: list[CheckResult]
 
 
 class _Defect(msgspec.Struct):

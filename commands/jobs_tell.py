@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 import sqlite3
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
@@ -21,13 +20,13 @@ from typing import Any, Final
 
 import structlog
 
-from actors.monitor.outbox import Outbox
+from actors.monitor.journal import FILE, Journal, JournalBroken
+from actors.monitor.outbox import Outbox, Sender
 from actors.monitor.senders import senders
 from commands.settings import Loaded
 from schema.health import Notice
 
-DATABASE: Final = "health_checks.db"
-BUSY_SECONDS: Final = 10.0  # for a transaction of the monitor's to end
+DATABASE: Final = FILE  # under MT5_HOME
 LOOK_SECONDS: Final = 0.2
 ALIVE_ROUNDS: Final = 3  # rounds of checks without a result after which no monitor lives
 SEND_SECONDS: Final = 10.0  # that a living monitor is watched sending it
@@ -39,7 +38,6 @@ def tell(loaded: Loaded, notice: Notice) -> str:
 
     Raises:
         ConfigurationError: a sender is configured by half.
-        sqlite3.Error: health_checks.db cannot be used.
     """
     return asyncio.run(_tell(loaded, notice))
 
@@ -49,12 +47,19 @@ async def _tell(loaded: Loaded, notice: Notice) -> str:
     ways = senders(loaded.settings.notify, log)
     if not ways:
         return "Nobody is told: [notify] names no mail server, webhook or Telegram chat."
-    with closing(_open(loaded.home / DATABASE)) as connection:
-        outbox = Outbox(connection, ways, log)
-        began = time.time()
-        with connection:
-            outbox.enqueue([notice], datetime.now(UTC))
-        rows = _Rows(connection, notice.id)
+    began = time.time()
+    otherwise = "it waits in the outbox for the monitor"
+    with ExitStack() as stack:
+        try:
+            journal = stack.enter_context(closing(Journal.open(loaded.home)))
+            outbox = _queue(journal, ways, notice)
+        except (JournalBroken, sqlite3.Error) as error:
+            # The disk is full, say, which is a reason more to tell. It is sent now, or lost with this process.
+            log.warning("the outbox cannot be written", action="job.unqueued", error=str(error))
+            otherwise = "the outbox cannot be written either"
+            journal = stack.enter_context(closing(_in_memory(loaded.home)))
+            outbox = _queue(journal, ways, notice)
+        rows = _Rows(journal.connection, notice.id)
         health = loaded.settings.health
         one_round = health.interval_seconds + health.timeout_seconds
         if rows.newest_check() > began - ALIVE_ROUNDS * one_round:  # a monitor was alive lately
@@ -65,7 +70,7 @@ async def _tell(loaded: Loaded, notice: Notice) -> str:
             if rows.sent():
                 return rows.words("")
         await _deliver(outbox, rows)
-        return rows.words("it waits in the outbox for the monitor")
+        return rows.words(otherwise)
 
 
 async def _deliver(outbox: Outbox, rows: _Rows) -> None:
@@ -122,10 +127,14 @@ class _Rows:
         return rows
 
 
-def _open(path: Path) -> sqlite3.Connection:
-    """The monitor's database, made where there is none yet."""
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # the same mode is given to what SQLite lays beside it
-    connection = sqlite3.connect(path, timeout=BUSY_SECONDS)
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.executescript((files("schema.sql") / "health.sql").read_text("utf-8"))
-    return connection
+def _queue(journal: Journal, ways: Mapping[str, Sender], notice: Notice) -> Outbox:
+    outbox = Outbox(journal.connection, ways, structlog.get_logger("job"))
+    with journal.transaction():
+        outbox.enqueue([notice], datetime.now(UTC))
+    return outbox
+
+
+def _in_memory(home: Path) -> Journal:
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    connection.executescript((files("schema") / "sql" / "health.sql").read_text("utf-8"))
+    return Journal(connection, home)

@@ -213,20 +213,23 @@ class Updater:
             part.forget()
 
     def _await_health(self, before: Look) -> None:
-        """Returns once nothing that was well before has been critical for a while; raises JobFailed at the deadline."""
+        """Returns once nothing is critical that was not before, and has not been for a while.
+
+        Raises JobFailed: at the deadline something still is, or is again.
+        """
         deadline = time.monotonic() + self._patience.deadline
         well_since: float | None = None
         while True:
             worse = self._service.look().worse_than(before)
             now = time.monotonic()
+            if worse and now >= deadline:
+                raise JobFailed(f"after {self._patience.deadline:g} s it is not well: {worse}")
             if worse:
                 well_since = None
             elif well_since is None:
                 well_since = now
-            if well_since is not None and now - well_since >= self._patience.steady:
+            elif now - well_since >= self._patience.steady:
                 return
-            if now >= deadline:
-                raise JobFailed(f"after {self._patience.deadline:g} s it is not well: {worse or 'never steadily'}")
             time.sleep(self._patience.pause)
 
     # --- the way back ----------------------------------------------------------------------------------------------

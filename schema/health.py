@@ -14,6 +14,24 @@ Kind = Literal["opened", "escalated", "reminder", "closed", "test", "report"]
 
 SEVERITIES: Final[tuple[Severity, ...]] = ("info", "warning", "critical")
 
+# The first token of every check's name; rules and windows that name another are a mistake.
+KINDS: Final = (
+    "database",
+    "pgbouncer",
+    "nats",
+    "disk",
+    "endpoint",
+    "actor",
+    "feed",
+    "model",
+    "backup",
+    "certificate",
+    "container",
+    "runner",
+    "outbox",
+    "event",
+)
+
 
 class CheckResult(Struct, frozen=True, kw_only=True):
     """One look at one thing. ``check`` is dotted, its kind first: ``database``, ``feed.M1.EURUSD``, ``disk.home``.

@@ -12,12 +12,14 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, get_args, get_origin
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
 from msgspec import inspect
 
 from schema.clock import parse_rule
-from schema.settings import ALIASES, SECRETS, Section, Settings
+from schema.health import KINDS
+from schema.settings import ALIASES, SECRETS, Alerts, Backup, Health, Notify, Section, Settings
 from schema.timeframes import canonical
 
 PREFIX: Final = "MT5_"
@@ -33,6 +35,13 @@ _PASSWORD: Final = re.compile(r"(password=)[^&\s]+", re.IGNORECASE)
 _PAIRS: Final = re.compile(r",(?=\s*[\w-]+\s*=)")  # a URL may hold commas of its own
 _LEVELS: Final = ("debug", "info", "warning", "error")
 _SCHEDULE: Final = re.compile(r"((Mon|Tue|Wed|Thu|Fri|Sat|Sun) )?([01]\d|2[0-3]):[0-5]\d")
+_TIME: Final = re.compile(r"([01]\d|2[0-3]):[0-5]\d")
+_DAYS: Final = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+_MAILBOX: Final = re.compile(r"[^\s@<>,;]+@[^\s@<>,;]+|[^<>@\r\n]*<[^\s@<>,;]+@[^\s@<>,;]+>")
+_AGE: Final = re.compile(r"age1[02-9ac-hj-np-z]{58}")  # Bech32, as long as an X25519 key makes it
+_REMOTE: Final = re.compile(r"[^\s@:/]+@([\w.-]+|\[[0-9A-Fa-f:.%]+\])(:\d{1,5})?:/.*")
+_LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
+_HTTP: Final = ("http", "https")
 _NATS: Final = ("nats", "tls", "ws", "wss")
 _POSTGRESQL: Final = ("postgresql", "postgres")
 
@@ -184,6 +193,10 @@ def _read_named(gathered: _Gathered, value: Any, struct: type[Section], path: st
                 gathered.problems.append(f"{where} in {source} must be {_expected(kind)}, not {_shown(item, path)}.")
             else:
                 entry[key] = item
+        lacking = [item.encode_name for item in msgspec.structs.fields(struct) if item.required]
+        for key in lacking:
+            if key not in table:
+                gathered.problems.append(f'{path}."{name}" in {source} lacks {key}: it needs {" and ".join(lacking)}.')
         entries[name] = entry
     gathered.put(path, entries, source)
 
@@ -355,8 +368,15 @@ def _rules(settings: Settings) -> list[str]:
         if canonical(name) != name:
             known = f'did you mean "{canonical(name)}"?' if canonical(name) else "MT5's names are M1 to MN1."
             problems.append(f'trainer.timeframes has "{name}", which is no timeframe: {known}')
-    if settings.trainer.schedule is not None and not _SCHEDULE.fullmatch(settings.trainer.schedule):
-        problems.append(f'trainer.schedule must be "HH:MM" or "Sat HH:MM", not "{settings.trainer.schedule}".')
+    for path, schedule in {
+        "trainer.schedule": settings.trainer.schedule,
+        "health.maintenance": settings.health.maintenance,
+        "health.report": settings.health.report,
+        "backup.schedule": settings.backup.schedule,
+        "backup.drill": settings.backup.drill,
+    }.items():
+        if schedule is not None and not _SCHEDULE.fullmatch(schedule):
+            problems.append(f'{path} must be "HH:MM" or "Sat HH:MM", not "{schedule}".')
     for source, clock in settings.clock.items():
         for name, rule in (("rule", clock.rule), ("grid", clock.grid)):
             try:
@@ -378,7 +398,113 @@ def _rules(settings: Settings) -> list[str]:
             problems.append(f'{path} must be a URL that starts with {schemes[0]}://, not "{mask_url(url)}".')
     if settings.database.direct_url is not None and settings.database.url is None:
         problems.append("database.direct_url is set without database.url: set both, or neither for an embedded server.")
+    problems += _health_rules(settings.health)
+    problems += _alert_rules(settings.alerts)
+    problems += _notify_rules(settings.notify)
+    problems += _backup_rules(settings.backup)
     return problems
+
+
+def _health_rules(health: Health) -> Iterator[str]:
+    if health.disk_critical >= health.disk_free:
+        yield (
+            f"health.disk_critical ({health.disk_critical:g}) must be below health.disk_free ({health.disk_free:g}): "
+            "a disk is critical when less is free than for a warning."
+        )
+    if health.gateway is not None:
+        yield from _web("health.gateway", health.gateway)
+    for endpoint in health.endpoints:
+        if not endpoint.startswith("/"):
+            yield from _web("health.endpoints", endpoint, 'a path such as "/health" or ')
+
+
+def _alert_rules(alerts: Alerts) -> Iterator[str]:
+    for name in alerts.rules:
+        yield from _kind(f'alerts.rules."{name}"', name)
+    for name, window in alerts.maintenance.items():
+        where = f'alerts.maintenance."{name}"'
+        if not _TIME.fullmatch(window.start):
+            yield f'{where}.start must be a time from "00:00" to "23:59", not "{window.start}".'
+        if not _TIME.fullmatch(window.end) and window.end != "24:00":
+            yield f'{where}.end must be a time from "00:00" to "24:00", not "{window.end}".'
+        elif window.end == window.start:
+            yield f'{where} begins and ends at {window.start}: write "00:00" and "24:00" for a whole day.'
+        if not _is_zone(window.zone):
+            yield f'{where}.zone must be a time zone such as "Europe/Athens" or "UTC", not "{window.zone}".'
+        for day in window.days:
+            if day not in _DAYS:
+                yield f'{where}.days has "{day}", which is no day: they are {", ".join(_DAYS)}.'
+        for check in window.checks:
+            yield from _kind(f"{where}.checks", check)
+
+
+def _kind(where: str, check: str) -> Iterator[str]:
+    """A rule for a check that cannot be is one that silently does nothing."""
+    kind = check.partition(".")[0]
+    if kind not in KINDS:
+        near = _nearest(kind, KINDS)
+        hint = f'did you mean "{near}"?' if near else f"they begin with {', '.join(KINDS)}."
+        yield f'{where} has "{check}", which is no check: {hint}'
+
+
+def _notify_rules(notify: Notify) -> Iterator[str]:
+    smtp = notify.smtp
+    if smtp.host is not None and not smtp.recipients:
+        yield "notify.smtp.host is set without notify.smtp.recipients: say whom to write to."
+    if smtp.host is None and smtp.recipients:
+        yield "notify.smtp.recipients is set without notify.smtp.host: say which server takes the mail."
+    for path, addresses in (("recipients", smtp.recipients), ("sender", (smtp.sender,))):
+        for address in addresses:
+            if address is not None and not _MAILBOX.fullmatch(address):
+                yield (
+                    f'notify.smtp.{path} has "{address}", which is no mail address: '
+                    "write mt5@example.org or MT5 <mt5@example.org>."
+                )
+    if (smtp.user is None) != (smtp.password is None):
+        there, lacking = ("user", "password") if smtp.password is None else ("password", "user")
+        yield f"notify.smtp.{there} is set without notify.smtp.{lacking}: set both, or neither for a server that asks for none."
+    if smtp.security == "none" and smtp.password is not None and smtp.host not in _LOOPBACK:
+        yield 'notify.smtp.security is "none", which would send the password in clear: write "starttls" or "tls".'
+    if notify.webhook.url is not None:
+        yield from _web("notify.webhook.url", notify.webhook.url)
+    elif notify.webhook.secret is not None:
+        yield "notify.webhook.secret is set without notify.webhook.url: say where to post to."
+    if (notify.telegram.token is None) != (notify.telegram.chat is None):
+        there, lacking = ("token", "chat") if notify.telegram.chat is None else ("chat", "token")
+        yield f"notify.telegram.{there} is set without notify.telegram.{lacking}: a bot needs both."
+    yield from _web("notify.telegram.api", notify.telegram.api)
+    if notify.ping_url is not None:
+        yield from _web("notify.ping_url", notify.ping_url)
+
+
+def _backup_rules(backup: Backup) -> Iterator[str]:
+    target = backup.target
+    if target is not None:
+        place = target.partition("/")[0]
+        remote = "@" in place or (":" in place and not target.startswith("/"))
+        if not target or (remote and not _REMOTE.fullmatch(target)):
+            yield f'backup.target must be user@host:/folder or a local folder, not "{mask_url(target)}".'
+    recipient = backup.recipient
+    if recipient is not None and not _AGE.fullmatch(recipient):
+        shown = "a secret key" if recipient.upper().startswith("AGE-SECRET-KEY") else f'"{recipient}"'
+        yield f"backup.recipient must be an age public key (age1 and 58 letters and digits, as age-keygen prints it), not {shown}."
+    for major in backup.postgres_bins:
+        if not major.isdecimal():
+            yield f'backup.postgres_bins has "{major}", which is no major version of PostgreSQL: write 18=/usr/lib/postgresql/18/bin.'
+
+
+def _web(path: str, url: str, other: str = "") -> Iterator[str]:
+    scheme, _, place = url.partition("://")
+    if scheme not in _HTTP or not place or any(not c.isprintable() or c.isspace() for c in url):
+        yield f"{path} must be {other}a URL that starts with http:// or https://, not {_shown(url, path)}."
+
+
+def _is_zone(name: str) -> bool:
+    try:
+        ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError, OSError):  # no such zone, no name of one, a folder of zones
+        return False
+    return True
 
 
 def _mask_one(text: str) -> str:

@@ -212,6 +212,7 @@ class Backup(Section, frozen=True):
     ssh_key: str | None = None  # file; None: the user's own keys and agent
     known_hosts: str | None = None  # file; None: the user's own; a host that is not in it is refused
     drill: str | None = None  # when the newest backup is restored for practice
+    config: str | None = None  # the settings file that belongs to it; `up` and `backup run` say which
     postgres_bins: dict[str, str] = {}  # PostgreSQL's programs by major version; `up` finds those that are installed
 
 

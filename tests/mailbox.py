@@ -9,6 +9,7 @@ import email
 import ipaddress
 import ssl
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from email.message import EmailMessage
@@ -76,7 +77,15 @@ class Mailbox:
             return said
         raw = bytes(envelope.original_content)
         user = session.auth_data.login.decode() if session.auth_data else None
-        self.received.append(Received(envelope.mail_from, tuple(envelope.rcpt_tos), raw, user, session.ssl is not None))
+        self.received.append(
+            Received(
+                envelope.mail_from,
+                tuple(envelope.rcpt_tos),
+                raw,
+                user,
+                server.transport.get_extra_info("sslcontext") is not None,
+            )
+        )
         said = self.hook("KEPT", "")
         # The reply is written after this has returned.
         asyncio.get_running_loop().call_soon(lambda: asyncio.get_running_loop().call_soon(self.hook, "REPLIED", ""))
@@ -109,27 +118,38 @@ def mail_server(
     loop = asyncio.new_event_loop()
 
     def protocol() -> Server:
-        made = Server(
-            box, hostname="mail.test", loop=loop, tls_context=starttls, require_starttls=starttls is not None, **options
-        )
-        return made
+        with warnings.catch_warnings():
+            # It warns of logins outside TLS, and does not see the TLS around it.
+            warnings.simplefilter("ignore", UserWarning)
+            return Server(
+                box,
+                hostname="mail.test",
+                loop=loop,
+                tls_context=starttls,
+                require_starttls=starttls is not None,
+                **options,
+            )
 
-    server = loop.run_until_complete(loop.create_server(protocol, HOST, port, ssl=tls))
-    box.port = server.sockets[0].getsockname()[1]
-    thread = threading.Thread(target=loop.run_forever, name="mail-server")
-    thread.start()
+    async def start() -> asyncio.Server:
+        return await loop.create_server(protocol, HOST, port, ssl=tls)
 
-    async def stop() -> None:
+    async def stop(server: asyncio.Server) -> None:
         server.close()
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
 
+    thread = threading.Thread(target=loop.run_forever, name="mail-server")
+    thread.start()
     try:
-        yield box
+        server = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
+        try:
+            box.port = server.sockets[0].getsockname()[1]
+            yield box
+        finally:
+            asyncio.run_coroutine_threadsafe(stop(server), loop).result(10)
     finally:
-        asyncio.run_coroutine_threadsafe(stop(), loop).result(10)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
         loop.close()

@@ -64,14 +64,15 @@ async def call(
     *,
     body: bytes | None = None,
     headers: Mapping[str, str] | None = None,
-    seconds: float = CALL_SECONDS,
+    seconds: float | None = None,
 ) -> Answer:
-    """Makes one call. A redirect is an answer: what is told goes to the host that was configured, and to no other.
+    """Makes one call, within ``seconds`` or :data:`CALL_SECONDS`. A redirect is an answer: what is told goes to the host that was configured, and to no other.
 
     Raises:
         SendFailed: there was no answer.
     """
     host = host_of(url)
+    seconds = CALL_SECONDS if seconds is None else seconds
     try:
         async with (
             asyncio.timeout(seconds),

@@ -121,6 +121,12 @@ def _context(ca_file: str | None) -> ssl.SSLContext:
 def _failed(error: aiosmtplib.SMTPException | OSError, settings: Smtp) -> SendFailed:
     """Which failures are the notice's: only what the server says after it has seen the mail or its size."""
     where = f"{settings.host}:{settings.port}"
+    cause = error.__cause__ if isinstance(error, aiosmtplib.SMTPConnectError) else error
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return SendFailed(
+            f"The certificate of {where} is not trusted ({one_line(cause.verify_message)}): "
+            "set [notify.smtp] ca_file where it is your own."
+        )
     match error:
         case aiosmtplib.SMTPDataError():
             return SendFailed(f"{where} does not take the mail: {_answer(error)}.", permanent=error.code >= 500)
@@ -134,11 +140,6 @@ def _failed(error: aiosmtplib.SMTPException | OSError, settings: Smtp) -> SendFa
             return SendFailed(f"{where} refuses every recipient: {first.recipient}: {_answer(first)}.")
         case aiosmtplib.SMTPResponseException():
             return SendFailed(f"{where} answered {_answer(error)}.")
-        case ssl.SSLCertVerificationError():
-            return SendFailed(
-                f"The certificate of {where} is not trusted ({one_line(error.verify_message)}): "
-                "set [notify.smtp] ca_file where it is your own."
-            )
         case _:
             return SendFailed(f"No mail through {where}: {type(error).__name__}: {cut(one_line(str(error)), 200)}")
 

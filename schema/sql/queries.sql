@@ -46,6 +46,14 @@ ON CONFLICT (reader, partition) DO UPDATE SET
 WHERE c.stream_seq = $7 AND c.stream_created = $8
 RETURNING c.stream_seq;
 
+-- For a restore: the streams hold the same messages again, and nats-server counts them as made anew.
+-- name: all_cursors
+SELECT reader, partition, stream_seq, stored_at FROM cursors;
+
+-- name: rebind_cursor
+-- reader, partition, stream_created
+UPDATE cursors SET stream_created = $3 WHERE reader = $1 AND partition = $2;
+
 -- The newest CANDLES sequence that the archive knows to be whole.
 -- name: highest_candles_seq
 SELECT coalesce(max(candles_seq), 0) FROM cursors;
@@ -615,6 +623,78 @@ FROM features
 WHERE symbol = $2 AND timeframe = $1 AND ts >= $3 AND ts <= $4 AND ready AND ts_source <> 'assumed'
 ORDER BY ts DESC LIMIT $5;
 
+-- --- health -----------------------------------------------------------------------------------------------------
+
+-- name: health_server
+-- the oldest transaction id decides when PostgreSQL stops taking writes (at two thousand million)
+SELECT current_setting('server_version') AS version,
+    (SELECT count(*) FROM pg_stat_activity WHERE datname IS NOT NULL) AS connections,
+    current_setting('max_connections')::int AS most,
+    (SELECT max(age(datfrozenxid)) FROM pg_database) AS oldest;
+
+-- name: health_size
+SELECT pg_database_size(current_database()) AS bytes,
+    (SELECT coalesce(sum(n_tup_ins - n_tup_del), 0)::int8 FROM pg_stat_user_tables) AS rows;
+
+-- name: health_bloat
+-- least rows of a table that is worth a word
+SELECT relname AS name, n_live_tup AS live, n_dead_tup AS dead
+FROM pg_stat_user_tables WHERE n_live_tup + n_dead_tup >= $1
+ORDER BY n_dead_tup::float8 / (n_live_tup + n_dead_tup) DESC LIMIT 10;
+
+-- name: health_partitions
+-- every partition of the tables that are partitioned by range, with its bounds as PostgreSQL writes them
+SELECT p.partrelid::regclass::text AS parent, c.oid::regclass::text AS child, pg_get_expr(c.relpartbound, c.oid) AS bound
+FROM pg_partitioned_table AS p
+JOIN pg_inherits AS i ON i.inhparent = p.partrelid
+JOIN pg_class AS c ON c.oid = i.inhrelid
+WHERE p.partstrat = 'r' AND p.partnatts = 1
+ORDER BY parent, child LIMIT 10000;
+
+-- name: health_timescale
+SELECT EXISTS (SELECT FROM pg_extension WHERE extname = 'timescaledb');
+
+-- name: health_policies
+-- TimescaleDB's own jobs (compression, retention): those that failed last
+SELECT j.job_id, j.proc_name AS name, s.last_run_status AS status
+FROM timescaledb_information.jobs AS j JOIN timescaledb_information.job_stats AS s USING (job_id)
+WHERE s.last_run_status = 'Failed' ORDER BY j.job_id LIMIT 20;
+
+-- name: health_tables
+SELECT format('%I.%I', schemaname, relname) AS name, n_dead_tup AS dead
+FROM pg_stat_user_tables WHERE schemaname = current_schema() ORDER BY relname;
+
+-- name: health_models
+SELECT model_name, version, state, created_at FROM models WHERE state IN ('champion', 'provisional')
+ORDER BY model_name, activated_at DESC NULLS LAST;
+
+-- The newest bar of every series: one step of the primary key's index each.
+-- name: health_newest
+-- limit
+WITH RECURSIVE s AS (
+    (SELECT symbol, timeframe FROM market_data ORDER BY symbol, timeframe LIMIT 1)
+    UNION ALL
+    SELECT n.symbol, n.timeframe
+    FROM s CROSS JOIN LATERAL (
+        SELECT m.symbol, m.timeframe FROM market_data AS m
+        WHERE (m.symbol, m.timeframe) > (s.symbol, s.timeframe) ORDER BY m.symbol, m.timeframe LIMIT 1
+    ) AS n
+)
+SELECT s.symbol, s.timeframe, b.ts, b.received_at, b.live
+FROM s CROSS JOIN LATERAL (
+    SELECT ts, received_at, live FROM market_data AS m
+    WHERE m.symbol = s.symbol AND m.timeframe = s.timeframe ORDER BY ts DESC LIMIT 1
+) AS b
+ORDER BY b.ts DESC LIMIT $1;
+
+-- Whether any of a series' newest bars came within so many seconds of its open time, as a live feed's do.
+-- name: health_was_live
+-- symbol, timeframe, seconds, limit
+SELECT coalesce(bool_or(live AND received_at - ts <= make_interval(secs => $3::float8)), false) FROM (
+    SELECT ts, received_at, live FROM market_data
+    WHERE symbol = $1 AND timeframe = $2 ORDER BY ts DESC LIMIT $4
+) AS newest;
+
 -- --- receipts ---------------------------------------------------------------------------------------------------
 
 -- Several statements that see one state of the archive.
@@ -711,6 +791,64 @@ SELECT timeframe, from_seq, version FROM models WHERE from_seq IS NOT NULL;
 INSERT INTO signal_audits (at, signal_id, identical, difference)
 SELECT $1, * FROM unnest($2::text[], $3::bool[], $4::text[])
 ON CONFLICT DO NOTHING;
+
+-- --- daily report -----------------------------------------------------------------------------------------------
+
+-- One pass over what came (the index of received_at finds it): by hours of the period, and by series.
+-- name: daily_candles
+-- from, to (exclusive); "hour" is null in the rows of series, which come with most bars first
+SELECT
+    date_bin('1 hour', received_at, $1) AS hour, live, symbol, timeframe, count(*) AS bars,
+    count(*) FILTER (WHERE revision > 0) AS revised, max(ts) AS newest
+FROM market_data WHERE received_at >= $1 AND received_at < $2
+GROUP BY GROUPING SETS ((date_bin('1 hour', received_at, $1), live), (symbol, timeframe))
+ORDER BY bars DESC, symbol, timeframe;
+
+-- name: daily_signals
+-- from, to (exclusive); "hour" is null in the rows of series, and both are in those of reasons
+SELECT
+    date_bin('1 hour', created_at, $1) AS hour, label, symbol, timeframe, abstain,
+    count(*) FILTER (WHERE superseded_at IS NULL) AS signals, count(*) FILTER (WHERE superseded_at IS NOT NULL) AS superseded
+FROM model_signals WHERE created_at >= $1 AND created_at < $2
+GROUP BY GROUPING SETS ((date_bin('1 hour', created_at, $1), label), (symbol, timeframe, label), (abstain));
+
+-- What a candle's first signal took, in seconds from its coming; a signal that was made again waited for a correction.
+-- name: daily_latency
+-- from, to (exclusive)
+SELECT percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY extract(epoch FROM created_at - received_at)) AS seconds
+FROM model_signals
+WHERE created_at >= $1 AND created_at < $2 AND created_at >= received_at AND supersedes IS NULL;
+
+-- name: daily_versions
+-- how many at most; those that serve or are followed
+SELECT model_name, version, timeframe, state, created_at, (manifest #>> '{report,auc}')::float8 AS auc
+FROM models WHERE state IN ('champion', 'provisional', 'shadow')
+ORDER BY model_name, state, version DESC LIMIT $1::int8;
+
+-- name: daily_outcomes
+-- model_name, version, from, to (exclusive), how many of the newest outcomes are looked at
+SELECT
+    count(up) AS outcomes, avg(((prob_up >= 0.5) = up)::int)::float8 AS hit_rate,
+    avg((base_rate - up::int) ^ 2 - (prob_up - up::int) ^ 2) AS gain,
+    count(*) FILTER (WHERE label <> 0) AS trades, avg(net) FILTER (WHERE label <> 0) AS net
+FROM (
+    SELECT up, prob_up, base_rate, label, net, scored_at FROM signal_outcomes
+    WHERE model_name = $1 AND model_version = $2 AND NOT void ORDER BY seq DESC LIMIT $5::int8
+) AS newest
+WHERE scored_at >= $3 AND scored_at < $4;
+
+-- name: daily_decisions
+-- from, to (exclusive), how many at most; newest first
+SELECT at, model_name, version, action, by, reason FROM model_decisions
+WHERE at >= $1 AND at < $2 ORDER BY at DESC, id DESC LIMIT $3::int8;
+
+-- name: daily_audits
+-- from, to (exclusive)
+SELECT count(*) AS audited, count(*) FILTER (WHERE NOT identical) AS different
+FROM signal_audits WHERE at >= $1 AND at < $2;
+
+-- name: database_size
+SELECT pg_database_size(current_database());
 
 -- --- reports ----------------------------------------------------------------------------------------------------
 

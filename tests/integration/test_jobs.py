@@ -23,11 +23,11 @@ from typing import Any, Final
 import msgspec
 import pytest
 
+from actors.monitor.journal import Journal
 from commands.jobs import Job, Outcome, run_job
 from commands.jobs_audit import audit
 from commands.jobs_operate import runner
 from commands.jobs_programs import JobFailed, run
-from commands.jobs_tell import _open
 from commands.jobs_tests import tests as run_tests
 from commands.jobs_tests import tools
 from commands.output import CommandError
@@ -176,7 +176,7 @@ def test_a_living_monitor_is_left_to_send_it(home: Path, mailbox: Mailbox) -> No
     """It looks at everything once more and empties the outbox: nobody else sends."""
     monitor = threading.Thread(target=live, args=(home, 1))
     run_job("tests", asked(mail="never"), lambda job: Outcome(True, "Fine."))
-    _open(home / "health_checks.db").close()
+    Journal.open(home).close()
     check(home)
     monitor.start()
     began = time.monotonic()
@@ -193,7 +193,7 @@ def test_a_monitor_that_has_died_just_now_is_not_waited_for_in_vain(
     monkeypatch.setenv("MT5_HEALTH_INTERVAL_SECONDS", "0.5")
     monkeypatch.setenv("MT5_HEALTH_TIMEOUT_SECONDS", "0.5")
     home.mkdir(mode=0o700)
-    _open(home / "health_checks.db").close()
+    Journal.open(home).close()
     check(home)
     run_job("update", asked(), lambda job: Outcome(False, "It has ended the monitor."))
     assert subjects(mailbox) == ["[MT5] update failed: It has ended the monitor."]
@@ -214,8 +214,25 @@ def test_a_mail_server_that_is_away_loses_nothing(
     assert subjects(box) == ["[MT5] update failed: First.", "[MT5] tests: Second."]
 
 
-def test_a_sender_that_is_configured_by_half_is_a_failure(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MT5_NOTIFY_TELEGRAM_TOKEN", "1:a")
+def test_a_home_that_takes_no_file_keeps_no_mail_back(
+    home: Path, mailbox: Mailbox, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a full disk would, folders in their places refuse the result and the outbox."""
+    run_job("update", asked(mail="never"), lambda job: Outcome(True, "Fine."))
+    for name in ("jobs/update.json", "health_checks.db"):
+        (home / name).unlink(missing_ok=True)
+        (home / name).mkdir()
+    assert run_job("update", asked(), lambda job: Outcome(False, "No room.")) == 1
+    assert subjects(mailbox) == ["[MT5] update failed: No room."]
+    said = capsys.readouterr().err
+    assert "the result is not kept" in said
+    assert "Told by smtp." in said
+
+
+def test_a_sender_that_cannot_work_is_a_failure(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure(monkeypatch, 25)
+    monkeypatch.setenv("MT5_NOTIFY_SMTP_SECURITY", "tls")
+    monkeypatch.setenv("MT5_NOTIFY_SMTP_CA_FILE", str(home / "none.pem"))
     with pytest.raises(CommandError, match="Nobody could be told of it"):
         run_job("tests", asked(), lambda job: Outcome(True, "Fine."))
     assert kept(home, "tests").ok
@@ -470,33 +487,33 @@ def program(folder: Path, name: str, script: str) -> Path:
 
 # --- runner-check --------------------------------------------------------------------------------------------------
 
-UNIT: Final = "actions.runner.owner-mt5.host.service loaded {} {} GitHub Actions Runner (owner-mt5.host)"
-
 
 @pytest.mark.parametrize(
-    ("units", "ok", "nothing", "word"),
+    ("state", "ok", "word"),
     [
-        ("", True, True, "No unit actions.runner.* is installed here."),
-        (UNIT.format("active", "running"), True, False, "works: actions.runner.owner-mt5.host.service"),
-        (UNIT.format("failed", "failed"), False, False, "does not work: actions.runner.owner-mt5.host.service"),
-        (UNIT.format("inactive", "dead"), False, False, "does not work"),
+        ("active", True, "The CI runner works."),
+        ("failed", False, "The CI runner does not work: actions.runner.owner-mt5.host."),
     ],
 )
 def test_a_runner_that_is_down(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, units: str, ok: bool, nothing: bool, word: str
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, ok: bool, word: str
 ) -> None:
-    """As systemctl lists it: there is no systemd in a test to be asked."""
-    monkeypatch.setenv(
-        "PATH", f"{program(tmp_path, 'systemctl', f'echo {shlex.quote(units)}')}{os.pathsep}/usr/bin:/bin"
-    )
+    """With the answers of systemctl: no systemd runs in a test that could be asked."""
+    script = f"""case "$1" in
+      list-unit-files) echo "actions.runner.owner-mt5.host.service enabled enabled" ;;
+      is-active) echo {state}; test {state} = active ;;
+    esac"""
+    monkeypatch.setenv("PATH", f"{program(tmp_path, 'systemctl', script)}{os.pathsep}{os.environ['PATH']}")
     outcome = runner(job(home))
-    assert (outcome.ok, outcome.nothing) == (ok, nothing)
-    assert word in outcome.summary
+    assert outcome.ok == ok, outcome
+    assert outcome.summary.startswith(word)
+    assert "actions.runner.owner-mt5.host.service" in outcome.details[0]
 
 
-def test_no_systemd_is_no_runner(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")
-    assert runner(job(home)).nothing
+def test_no_runner_is_nothing_to_tell(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{program(tmp_path, 'systemctl', 'exit 1')}{os.pathsep}{os.environ['PATH']}")
+    outcome = runner(job(home))
+    assert (outcome.ok, outcome.nothing) == (True, True)
 
 
 # --- the command line, whole ---------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -96,7 +98,7 @@ def test_each_problem_is_one_sentence_and_all_are_told_at_once() -> None:
         MT5_LOG_JSON="maybe",
     )
     assert found == (
-        "mt5.toml has an unknown key port: did you mean gateway.port?",
+        "mt5.toml has an unknown key port: did you mean gateway.port or notify.smtp.port?",
         "mt5.toml has an unknown key gateway.prot: did you mean gateway.port?",
         'gateway.port in mt5.toml must be a whole number from 0 to 65535, not "abc".',
         "gateway.body_timeout in mt5.toml must be a number above 0, not 0.",
@@ -128,6 +130,231 @@ def test_each_problem_is_one_sentence_and_all_are_told_at_once() -> None:
 )
 def test_a_wrong_value_gets_its_sentence(toml: str, sentence: str) -> None:
     assert problems(toml) == (sentence,)
+
+
+AGE = "age1" + "q" * 58
+OPERATIONS = f"""
+[health]
+gateway = "https://mt5.example.org"
+endpoints = ["/health", "http://127.0.0.1:8001/docs"]
+maintenance = "Sun 03:10"
+report = "04:40"
+[alerts.rules."feed"]
+severity = "warning"
+[alerts.rules."feed.M1.EURUSD.m"]
+after = 5
+[alerts.rules."event.clock"]
+mute = true
+[alerts.maintenance."night"]
+start = "22:30"
+end = "24:00"
+zone = "Europe/Athens"
+days = ["Sat", "Sun"]
+checks = ["feed", "nats.lag.recorder"]
+[alerts.maintenance."always"]
+start = "23:00"
+end = "01:00"
+[notify.smtp]
+host = "mail.example.org"
+user = "mt5"
+password = "hunter2"
+sender = "MT5 at night <mt5@example.org>"
+recipients = ["owner@example.org", "Owner <owner@example.com>"]
+[notify.webhook]
+url = "https://hooks.example.org/T0"
+secret = "hunter3"
+[notify.telegram]
+token = "1:A"
+chat = "2"
+[notify]
+ping_url = "https://hc.example.org/x"
+[backup]
+schedule = "02:00"
+drill = "Sun 05:00"
+target = "mt5@backup.example.org:/srv/mt5"
+recipient = "{AGE}"
+postgres_bins = {{ 18 = "/usr/lib/postgresql/18/bin" }}
+"""
+
+
+def test_the_settings_of_operating_are_read() -> None:
+    settings = load(OPERATIONS, {})
+    assert settings.alerts.rules["feed.M1.EURUSD.m"].after == 5
+    assert settings.alerts.maintenance["night"].days == ("Sat", "Sun")
+    assert settings.backup.recipient == AGE
+    assert "hunter" not in str(describe(settings))
+
+
+def test_the_examples_of_the_page_about_alerts_can_be_used() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "alerts.md").read_text()
+    blocks = re.findall(r"^```toml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 2
+    settings = load("\n".join(blocks), {})
+    assert (
+        msgspec.structs.replace(settings.alerts, rules={}, maintenance={}) == Settings().alerts
+    )  # "these are the defaults"
+    assert (len(settings.alerts.rules), len(settings.alerts.maintenance)) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    "target", ["me@host:/srv", "me@10.0.0.1:/srv", "me@[fe80::1]:/srv", "me@host:2222:/srv", "/srv/b@ck:up", "backups"]
+)
+def test_a_backup_goes_to_a_host_or_a_folder(target: str) -> None:
+    assert load(None, {"MT5_BACKUP_TARGET": target}).backup.target == target
+
+
+@pytest.mark.parametrize("target", ["me@host", "me@host:srv", "host:/srv", "ssh://host/srv", "me@:/srv", "@host:/srv"])
+def test_another_target_is_refused(target: str) -> None:
+    assert problems(MT5_BACKUP_TARGET=target) == (
+        f'backup.target must be user@host:/folder or a local folder, not "{target}".',
+    )
+
+
+WINDOW = "[alerts.maintenance.night]\n"
+
+
+@pytest.mark.parametrize(
+    ("toml", "sentence"),
+    [
+        ("[health]\nreport = '4:40'", 'health.report must be "HH:MM" or "Sat HH:MM", not "4:40".'),
+        ("[health]\nmaintenance = 'x'", 'health.maintenance must be "HH:MM" or "Sat HH:MM", not "x".'),
+        ("[backup]\nschedule = '02:60'", 'backup.schedule must be "HH:MM" or "Sat HH:MM", not "02:60".'),
+        ("[backup]\ndrill = 'Sunday 02:00'", 'backup.drill must be "HH:MM" or "Sat HH:MM", not "Sunday 02:00".'),
+        (
+            "[health]\ndisk_critical = 0.2",
+            "health.disk_critical (0.2) must be below health.disk_free (0.1): a disk is critical when less is free than for a warning.",
+        ),
+        (
+            "[health]\ngateway = 'localhost:8001'",
+            'health.gateway must be a URL that starts with http:// or https://, not "localhost:8001".',
+        ),
+        (
+            "[health]\nendpoints = ['docs']",
+            'health.endpoints must be a path such as "/health" or a URL that starts with http:// or https://, not "docs".',
+        ),
+        (
+            "[alerts.rules.feeds]\nafter = 3",
+            'alerts.rules."feeds" has "feeds", which is no check: did you mean "feed"?',
+        ),
+        (
+            "[alerts.rules.xyz]\nafter = 3",
+            'alerts.rules."xyz" has "xyz", which is no check: they begin with database, pgbouncer, nats, disk, endpoint, actor, '
+            "feed, model, backup, certificate, container, runner, outbox, event.",
+        ),
+        (
+            f"{WINDOW}start = '24:00'\nend = '02:00'",
+            'alerts.maintenance."night".start must be a time from "00:00" to "23:59", not "24:00".',
+        ),
+        (
+            f"{WINDOW}start = '22:00'\nend = '2:00'",
+            'alerts.maintenance."night".end must be a time from "00:00" to "24:00", not "2:00".',
+        ),
+        (
+            f"{WINDOW}start = '22:00'\nend = '22:00'",
+            'alerts.maintenance."night" begins and ends at 22:00: write "00:00" and "24:00" for a whole day.',
+        ),
+        (
+            f"{WINDOW}start = '22:00'\nend = '23:00'\nzone = 'Europe/Atlantis'",
+            'alerts.maintenance."night".zone must be a time zone such as "Europe/Athens" or "UTC", not "Europe/Atlantis".',
+        ),
+        (
+            f"{WINDOW}start = '22:00'\nend = '23:00'\nzone = '../etc/passwd'",
+            'alerts.maintenance."night".zone must be a time zone such as "Europe/Athens" or "UTC", not "../etc/passwd".',
+        ),
+        (
+            f"{WINDOW}start = '22:00'\nend = '23:00'\nzone = ''",
+            'alerts.maintenance."night".zone must be a time zone such as "Europe/Athens" or "UTC", not "".',
+        ),
+        (
+            f"{WINDOW}start = '22:00'\nend = '23:00'\ndays = ['Saturday']",
+            'alerts.maintenance."night".days has "Saturday", which is no day: they are Mon, Tue, Wed, Thu, Fri, Sat, Sun.',
+        ),
+        (
+            f"{WINDOW}start = '22:00'\nend = '23:00'\nchecks = ['databse']",
+            'alerts.maintenance."night".checks has "databse", which is no check: did you mean "database"?',
+        ),
+        (
+            f"{WINDOW}end = '23:00'",
+            'alerts.maintenance."night" in mt5.toml lacks start: it needs start and end.',
+        ),
+        (
+            "[notify.smtp]\nhost = 'mail'",
+            "notify.smtp.host is set without notify.smtp.recipients: say whom to write to.",
+        ),
+        (
+            "[notify.smtp]\nrecipients = ['a@b']",
+            "notify.smtp.recipients is set without notify.smtp.host: say which server takes the mail.",
+        ),
+        (
+            "[notify.smtp]\nhost = 'mail'\nrecipients = ['owner']",
+            'notify.smtp.recipients has "owner", which is no mail address: write mt5@example.org or MT5 <mt5@example.org>.',
+        ),
+        (
+            "[notify.smtp]\nsender = 'MT5 <a@b>, c@d'",
+            'notify.smtp.sender has "MT5 <a@b>, c@d", which is no mail address: write mt5@example.org or MT5 <mt5@example.org>.',
+        ),
+        (
+            '[notify.smtp]\nsender = "a@b\\r\\nBcc: c@d"',
+            r'notify.smtp.sender has "a@b\r\nBcc: c@d", which is no mail address: write mt5@example.org or MT5 <mt5@example.org>.',
+        ),
+        (
+            "[notify.smtp]\nuser = 'a'",
+            "notify.smtp.user is set without notify.smtp.password: set both, or neither for a server that asks for none.",
+        ),
+        (
+            "[notify.smtp]\npassword = 'hunter2'",
+            "notify.smtp.password is set without notify.smtp.user: set both, or neither for a server that asks for none.",
+        ),
+        (
+            "[notify.smtp]\nhost = 'mail'\nrecipients = ['a@b']\nuser = 'a'\npassword = 'hunter2'\nsecurity = 'none'",
+            'notify.smtp.security is "none", which would send the password in clear: write "starttls" or "tls".',
+        ),
+        (
+            "[notify.webhook]\nurl = 'hooks.example.org/hunter2'",
+            "notify.webhook.url must be a URL that starts with http:// or https://, not what is there.",
+        ),
+        (
+            "[notify.webhook]\nsecret = 'hunter2'",
+            "notify.webhook.secret is set without notify.webhook.url: say where to post to.",
+        ),
+        (
+            "[notify.telegram]\ntoken = 'hunter2'",
+            "notify.telegram.token is set without notify.telegram.chat: a bot needs both.",
+        ),
+        (
+            "[notify.telegram]\nchat = '1'",
+            "notify.telegram.chat is set without notify.telegram.token: a bot needs both.",
+        ),
+        (
+            "[notify.telegram]\napi = 'api.telegram.org'",
+            'notify.telegram.api must be a URL that starts with http:// or https://, not "api.telegram.org".',
+        ),
+        (
+            '[notify]\nping_url = "https://hunter2\\n"',
+            "notify.ping_url must be a URL that starts with http:// or https://, not what is there.",
+        ),
+        (
+            "[backup]\nrecipient = 'age1x'",
+            'backup.recipient must be an age public key (age1 and 58 letters and digits, as age-keygen prints it), not "age1x".',
+        ),
+        (
+            "[backup]\nrecipient = 'AGE-SECRET-KEY-1HUNTER2'",
+            "backup.recipient must be an age public key (age1 and 58 letters and digits, as age-keygen prints it), not a secret key.",
+        ),
+        (
+            "[backup]\npostgres_bins = { x = '/bin' }",
+            'backup.postgres_bins has "x", which is no major version of PostgreSQL: write 18=/usr/lib/postgresql/18/bin.',
+        ),
+    ],
+)
+def test_what_operating_cannot_use_gets_its_sentence(toml: str, sentence: str) -> None:
+    assert problems(toml) == (sentence,)
+    assert "hunter2" not in sentence.lower()
+
+
+def test_a_password_in_clear_may_go_to_this_machine() -> None:
+    smtp = "host = '127.0.0.1'\nrecipients = ['a@b']\nuser = 'a'\npassword = 'b'\nsecurity = 'none'"
+    assert load(f"[notify.smtp]\n{smtp}", {}).notify.smtp.security == "none"
 
 
 def test_line_breaks_in_keys_and_values_do_not_break_the_line() -> None:
@@ -177,7 +404,12 @@ def test_two_names_of_one_setting_must_agree() -> None:
 def test_every_setting_has_one_variable_of_its_own() -> None:
     by_name = variables()
     paths = set(by_name.values())
-    assert paths == settable().keys() - {"symbols", "clock"}  # tables whose names are the user's own
+    assert paths == settable().keys() - {
+        "symbols",
+        "clock",
+        "alerts.rules",
+        "alerts.maintenance",
+    }  # tables whose names are the user's own
     assert len(by_name) == len(paths) + sum(
         name != f"MT5_{path.upper().replace('.', '_')}" for name, path in ALIASES.items()
     )
