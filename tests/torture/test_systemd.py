@@ -92,6 +92,14 @@ def test_the_system_starts_in_its_sandbox(machine: Machine) -> None:
         assert "Read-only" in machine.run(f"{inside} touch {place}/x 2>&1", check=False)
 
 
+def test_a_job_finds_the_system_that_runs_from_its_own_sandbox(machine: Machine) -> None:
+    """By ready.json and by the process that it names: `topology` asks that system's nats-server."""
+    drop_in(machine, "mt5-remote-backup.service", "ExecStart=", f"ExecStart={MT5} topology")
+    machine.run("systemctl start mt5-remote-backup", check=False)
+    assert machine.show("mt5-remote-backup", "Result") == "success", machine.journal("mt5-remote-backup")
+    drop_in(machine, "mt5-remote-backup.service")
+
+
 def test_a_model_is_trained_and_served_in_it(machine: Machine) -> None:
     """The demo trains, converts, serves and scores: what ONNX Runtime, numpy and PostgreSQL ask of the kernel is allowed."""
     machine.run("systemctl stop mt5")
