@@ -100,6 +100,15 @@ def test_a_job_finds_the_system_that_runs_from_its_own_sandbox(machine: Machine)
     drop_in(machine, "mt5-remote-backup.service")
 
 
+@pytest.mark.parametrize("unit", ["mt5-update.service", "mt5-update@abc.service", "mt5-tests.service"])
+def test_a_job_may_run_make_and_its_shells(machine: Machine, unit: str) -> None:
+    machine.run(f"printf 'all:\\n\\t@echo shell; id -u; nice -n 5 true\\n' >{CHECKOUT}/probe.mk")
+    drop_in(machine, unit, "ExecStart=", f"ExecStart=/usr/bin/make --file {CHECKOUT}/probe.mk")
+    machine.run('systemctl start "$1"', unit, check=False)
+    assert machine.show(unit, "Result") == "success", machine.journal(unit)
+    drop_in(machine, unit)
+
+
 def test_a_model_is_trained_and_served_in_it(machine: Machine) -> None:
     """The demo trains, converts, serves and scores: what ONNX Runtime, numpy and PostgreSQL ask of the kernel is allowed."""
     machine.run("systemctl stop mt5")
