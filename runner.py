@@ -337,16 +337,33 @@ def _operating(commands: Any) -> None:
         commands, "job", "what the timers run: update, tests, vuln-check, remote-backup, daily-report, runner-check"
     )
     for name, text in (
-        ("update", "update the checkout, its dependencies and images; roll back what is not healthy then"),
+        ("update", "update the checkout, its dependencies and images; put back what is not healthy then"),
         ("tests", "run the test suite, and mail what came of it"),
         ("vuln-check", "look for known holes in the dependencies, and mail what was found"),
         ("remote-backup", "make, ship and verify a backup, and mail what came of it"),
         ("daily-report", "mail the daily report"),
-        ("runner-check", "see whether the CI runner works, and mail when it does not"),
+        ("runner-check", "see whether the CI runner works, and mail what was seen"),
     ):
         one = _command(job, name, f"commands.jobs:{name.replace('-', '_')}", text, json=True)
+        one.add_argument(
+            "--mail",
+            choices=("always", "failure", "never"),
+            default="always",
+            help="tell of every outcome (default), of failures and the first success after one, or nobody",
+        )
         if name == "update":
             one.add_argument("--to", metavar="REVISION", help="this revision (default: the branch's newest)")
+            one.add_argument(
+                "--restart", metavar="COMMAND", help="what restarts the system (default: found in docker or systemd)"
+            )
+            one.add_argument(
+                "--deadline",
+                type=positive,
+                default=180.0,
+                metavar="SECONDS",
+                help="until it must be healthy, or it is put back (default %(default)g)",
+            )
+            one.add_argument("--checkout", metavar="DIR", help="update this one (default: that which this runs from)")
 
 
 def _groups(commands: Any, name: str, text: str) -> Any:

@@ -17,7 +17,7 @@ import json
 import secrets
 import time
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -27,6 +27,7 @@ from nats.errors import Error as NatsError
 from nats.js.errors import APIError
 
 from actors.core.alerts import EVENT, EVENT_QUIET, Incident, standing, tell
+from actors.core.daily import report_id
 from actors.core.schedule import parse_schedule
 from actors.monitor import maintenance
 from actors.monitor.desk import HEARD, Desk, Heard
@@ -72,11 +73,19 @@ class TestAnswer(Struct, frozen=True):
     deliveries: tuple[Delivery, ...]
 
 
+class ReportRequest(Struct, frozen=True):
+    """The report of the newest 24 hours, or of a UTC day."""
+
+    day: date | None = None
+
+
 class ReportAnswer(Struct, frozen=True):
-    """``notice`` was queued, or had been; ``error`` says why there is none."""
+    """``notice`` was queued now (``new``), or had been, for these ``senders``; ``error`` says why there is none."""
 
     notice: str = ""
     error: str = ""
+    new: bool = False
+    senders: tuple[str, ...] = ()
 
 
 class Health:
@@ -91,6 +100,7 @@ class Health:
         self._bus = ctx.bus
         self._log = ctx.log
         self._home = Path(ctx.settings.home).expanduser().absolute()
+        self._reporting = asyncio.Lock()  # one after the other: the second finds the first one queued
 
     async def run(self) -> None:
         ways = senders(self._settings.notify, self._log)
@@ -211,8 +221,12 @@ class Health:
                 return msgspec.json.encode(TestAnswer(notice.id, tuple(found)))
             await asyncio.sleep(0.1)
 
-    async def _on_report(self, _: bytes) -> bytes:
-        return msgspec.json.encode(await self._send_report())
+    async def _on_report(self, data: bytes) -> bytes:
+        try:
+            request = msgspec.json.decode(data or b"{}", type=ReportRequest)
+        except msgspec.DecodeError as error:
+            return msgspec.json.encode(ReportAnswer(error=f"This asks for no report: {error}."))
+        return msgspec.json.encode(await self._send_report(request.day))
 
     # --- what falls due --------------------------------------------------------------------------------------------------
 
@@ -229,17 +243,26 @@ class Health:
         if answer.error:
             self._log.error("no daily report", action="health.report", error=answer.error)
 
-    async def _send_report(self) -> ReportAnswer:
+    async def _send_report(self, day: date | None = None) -> ReportAnswer:
         """Queues the daily report; its id is the day's, so that it is sent once however often it is asked for."""
-        try:
-            build = importlib.import_module("actors.monitor.report").build_notice  # late: pictures and tables
-            notice: Notice = await build(self.ctx, self._journal, datetime.now(UTC))
-        except Exception as error:
-            # A report that cannot be made must not keep the monitor from its work.
-            self._log.exception("the daily report failed", action="health.report")
-            return ReportAnswer(error=f"The daily report cannot be made ({type(error).__name__}): the log has more.")
-        self._desk.queue(notice)
-        return ReportAnswer(notice=notice.id)
+        async with self._reporting:
+            now = datetime.now(UTC)
+            notice_id = report_id(now, day)
+            queued = self._journal.deliveries(notice_id)
+            if new := not queued:
+                try:
+                    # Late, and beside the loop: it brings numpy along.
+                    report = await asyncio.to_thread(importlib.import_module, "actors.monitor.report")
+                    self._desk.queue(await report.build_notice(self.ctx, self._journal, now, day))
+                except Exception as error:
+                    # A report that cannot be made must not keep the monitor from its work.
+                    self._log.exception("the daily report failed", action="health.report")
+                    return ReportAnswer(
+                        error=f"The daily report cannot be made ({type(error).__name__}): the log has more."
+                    )
+                queued = self._journal.deliveries(notice_id)
+            told = tuple(one.sender for one in queued if one.sender != NatsSender.name)
+            return ReportAnswer(notice=notice_id, new=new, senders=told)
 
     async def _chores(self) -> None:
         """Every hour: what is old is forgotten, and the figures of the hour (of the day, at midnight) go into the log."""

@@ -30,6 +30,7 @@ from commands.places import CLIENT, gateway_url
 from commands.settings import Loaded, read
 from commands.vault import backup_environment
 from deploy.home import Home, HomeBusy, end_leftovers
+from deploy.notify import Notifier
 from deploy.process import DeployError
 from deploy.server import free_port
 from deploy.supervisor import StartFailed, Supervisor
@@ -121,6 +122,7 @@ class _Servers:
 
 def _up(names: Sequence[str], *, isolate: bool, demo: list[str] | None) -> int:
     signal.signal(signal.SIGTERM, _leave)  # until the supervisor listens there is nothing to drain
+    notifier = Notifier.take(os.environ)  # first of all: nobody that we start may speak for us
     plan = processes(names, isolate=isolate)
     loaded = read()
     settings = loaded.settings
@@ -144,14 +146,14 @@ def _up(names: Sequence[str], *, isolate: bool, demo: list[str] | None) -> int:
             else:
                 home.create()
             servers = _servers(loaded, home)
-            supervisor = stack.enter_context(Supervisor(home, log))
+            supervisor = stack.enter_context(Supervisor(home, log, notifier))
             for server in (servers.nats, servers.postgres):
                 if server is not None:
                     supervisor.add_server(server)
             port = (settings.gateway.port or free_port()) if "collector" in actors else None
             with _importing_clients():
                 supervisor.start_servers()
-            if not asyncio.run(_prepare(loaded, servers, log, lambda: supervisor.stopping)):
+            if not asyncio.run(_prepare(loaded, servers, log, supervisor.interrupted)):
                 return DONE
             shared = _environment(loaded, port)
             if "backup" in actors:
@@ -166,6 +168,7 @@ def _up(names: Sequence[str], *, isolate: bool, demo: list[str] | None) -> int:
             if embedded:
                 home.announce(gateway=gateway or "", nats=servers.nats_url, database=servers.database_url)
             page = f"{gateway}/" if gateway else ", ".join(actors)
+            supervisor.say_ready(f"Ready: {page}")
             say(f"Ready: {page} (state in {home.path}; Ctrl-C ends it)")
             if demo is not None:
                 given = {"MT5_NATS_URL": servers.nats_url, "MT5_DATABASE_URL": servers.database_url}
@@ -319,11 +322,16 @@ async def _migrate(servers: _Servers, log: Any) -> CommandError | None:
     from bus.migrate import MigrationError, migrate, status
 
     try:
-        if servers.postgres is None and not (await status(servers.database_url)).pending:
-            return None  # most often; and a role without the right to migrate may run actors
+        state = await status(servers.database_url)
     except MigrationError as error:
+        if servers.postgres is not None:
+            return CommandError(str(error), NO)
         # The hot path never waits for the database: an actor starts without it, and says what it lacks.
         log.warning("database not checked", action="up.migrate", error=str(error))
+        return None
+    if not state.pending:  # most often; and a role without the right to migrate may run actors
+        if state.unknown:  # a newer version was here and was put back: it has only added to what this one knows
+            log.warning("the database is newer than this version", action="up.migrate", version=state.unknown[-1])
         return None
     try:
         for version in await migrate(servers.database_url):

@@ -19,6 +19,7 @@ from types import FrameType, TracebackType
 from typing import Any, Final, Protocol
 
 from deploy.home import Home
+from deploy.notify import Notifier, Vigil
 from deploy.process import Child, DeployError
 from deploy.server import Server
 
@@ -74,8 +75,9 @@ class Supervisor:
     started them.
     """
 
-    def __init__(self, home: Home, log: Log) -> None:
+    def __init__(self, home: Home, log: Log, notifier: Notifier | None = None) -> None:
         self.home = home
+        self.vigil = Vigil(notifier or Notifier())
         self.stopping = False  # a signal has asked for the stop
         self._settled = False  # everything has been ready once: from then on nothing refuses, it is started again
         self._log = log
@@ -88,6 +90,7 @@ class Supervisor:
         self._wakeup: tuple[socket.socket, socket.socket, int] | None = None
         self._next_rotation = 0.0
         self._next_look = 0.0
+        self._away: tuple[str, ...] = ()  # servers that did not serve at the last look
 
     # --- what to run ---------------------------------------------------------------------------------------------
 
@@ -176,6 +179,15 @@ class Supervisor:
         """The actors that are not ready now."""
         return tuple(actor for task in self._tasks for actor in task.actors if actor not in task.ready)
 
+    def interrupted(self) -> bool:
+        """Whether a signal has asked for the stop: what waits without turning asks, and is alive for the manager, too."""
+        self._tell()
+        return self.stopping
+
+    def say_ready(self, status: str) -> None:
+        """Tells the manager that everything runs; from now on it wants signs of life."""
+        self.vigil.ready(time.monotonic(), status)
+
     def run_until_signal(self, seconds: float | None = None) -> int:
         """Supervises until SIGTERM or SIGINT, for at most ``seconds``, or until the foreground program ends.
 
@@ -198,6 +210,7 @@ class Supervisor:
         """One turn: waits at most that long for something to happen and sees to it."""
         now = time.monotonic()
         waits = [task.due - now for task in self._kept() if task.due is not None]
+        waits.append(self.vigil.left(now))
         for key, _ in self._selector.select(max(0.0, min([timeout, TICK_SECONDS, *waits]))):
             if isinstance(key.data, _Task):
                 self._read_ready(key.fd, key.data)
@@ -207,9 +220,11 @@ class Supervisor:
             self._check(task)
         self._mend_servers()
         self._rotate_logs()
+        self._tell()
 
     def stop(self) -> None:
         """Ends the processes, then the servers, within ten seconds; nothing is started again after it."""
+        self.vigil.stopping()
         self.home.withdraw()
         for descriptor in self._partial:
             self._selector.unregister(descriptor)
@@ -260,6 +275,7 @@ class Supervisor:
         if time.monotonic() < self._next_look:
             return
         self._next_look = time.monotonic() + LOOK_SECONDS
+        self._away = tuple(server.name for server, _ in self._servers if not server.ready())
         for server, task in self._servers:
             if task.child is None or task.child.poll() is not None or self.stopping:
                 continue
@@ -267,6 +283,13 @@ class Supervisor:
             if words is not None:
                 self._log.warning("server_mended", process=task.name, reason=words)
                 task.child.end()
+
+    def _tell(self) -> None:
+        """Tells the manager how things are, and in the log why it is told nothing."""
+        missing = self._away + self.missing()
+        lacking = self.vigil.turn(time.monotonic(), missing)
+        if lacking is not None:
+            self._log.warning("watchdog_withheld", missing=", ".join(missing), seconds=round(lacking))
 
     def _fail(self, task: _Task, **fields: Any) -> None:
         if time.monotonic() - task.started >= HEALTHY_SECONDS:

@@ -792,6 +792,64 @@ INSERT INTO signal_audits (at, signal_id, identical, difference)
 SELECT $1, * FROM unnest($2::text[], $3::bool[], $4::text[])
 ON CONFLICT DO NOTHING;
 
+-- --- daily report -----------------------------------------------------------------------------------------------
+
+-- One pass over what came (the index of received_at finds it): by hours of the period, and by series.
+-- name: daily_candles
+-- from, to (exclusive); "hour" is null in the rows of series, which come with most bars first
+SELECT
+    date_bin('1 hour', received_at, $1) AS hour, live, symbol, timeframe, count(*) AS bars,
+    count(*) FILTER (WHERE revision > 0) AS revised, max(ts) AS newest
+FROM market_data WHERE received_at >= $1 AND received_at < $2
+GROUP BY GROUPING SETS ((date_bin('1 hour', received_at, $1), live), (symbol, timeframe))
+ORDER BY bars DESC, symbol, timeframe;
+
+-- name: daily_signals
+-- from, to (exclusive); "hour" is null in the rows of series, and both are in those of reasons
+SELECT
+    date_bin('1 hour', created_at, $1) AS hour, label, symbol, timeframe, abstain,
+    count(*) FILTER (WHERE superseded_at IS NULL) AS signals, count(*) FILTER (WHERE superseded_at IS NOT NULL) AS superseded
+FROM model_signals WHERE created_at >= $1 AND created_at < $2
+GROUP BY GROUPING SETS ((date_bin('1 hour', created_at, $1), label), (symbol, timeframe, label), (abstain));
+
+-- What a candle's first signal took, in seconds from its coming; a signal that was made again waited for a correction.
+-- name: daily_latency
+-- from, to (exclusive)
+SELECT percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY extract(epoch FROM created_at - received_at)) AS seconds
+FROM model_signals
+WHERE created_at >= $1 AND created_at < $2 AND created_at >= received_at AND supersedes IS NULL;
+
+-- name: daily_versions
+-- how many at most; those that serve or are followed
+SELECT model_name, version, timeframe, state, created_at, (manifest #>> '{report,auc}')::float8 AS auc
+FROM models WHERE state IN ('champion', 'provisional', 'shadow')
+ORDER BY model_name, state, version DESC LIMIT $1::int8;
+
+-- name: daily_outcomes
+-- model_name, version, from, to (exclusive), how many of the newest outcomes are looked at
+SELECT
+    count(up) AS outcomes, avg(((prob_up >= 0.5) = up)::int)::float8 AS hit_rate,
+    avg((base_rate - up::int) ^ 2 - (prob_up - up::int) ^ 2) AS gain,
+    count(*) FILTER (WHERE label <> 0) AS trades, avg(net) FILTER (WHERE label <> 0) AS net
+FROM (
+    SELECT up, prob_up, base_rate, label, net, scored_at FROM signal_outcomes
+    WHERE model_name = $1 AND model_version = $2 AND NOT void ORDER BY seq DESC LIMIT $5::int8
+) AS newest
+WHERE scored_at >= $3 AND scored_at < $4;
+
+-- name: daily_decisions
+-- from, to (exclusive), how many at most; newest first
+SELECT at, model_name, version, action, by, reason FROM model_decisions
+WHERE at >= $1 AND at < $2 ORDER BY at DESC, id DESC LIMIT $3::int8;
+
+-- name: daily_audits
+-- from, to (exclusive)
+SELECT count(*) AS audited, count(*) FILTER (WHERE NOT identical) AS different
+FROM signal_audits WHERE at >= $1 AND at < $2;
+
+-- name: database_size
+SELECT pg_database_size(current_database());
+
 -- --- reports ----------------------------------------------------------------------------------------------------
 
 -- name: report_outcomes

@@ -33,6 +33,8 @@ CREATE TABLE market_data (
     applied_seq bigint,
     PRIMARY KEY (symbol, timeframe, ts)
 );
+-- Rows lie in the order in which they came: an index of each block range's first and last time is some kilobytes.
+CREATE INDEX market_data_received ON market_data USING brin (received_at) WITH (pages_per_range = 32, autosummarize = on);
 
 -- The versions that market_data held before; the trigger below fills it, so that no writer can forget to.
 CREATE TABLE candle_revisions (
@@ -174,6 +176,7 @@ CREATE TABLE model_signals (
 );
 CREATE INDEX model_signals_series ON model_signals (timeframe, symbol, ts DESC);
 CREATE INDEX model_signals_newest ON model_signals (timeframe, ts DESC);
+CREATE INDEX model_signals_created ON model_signals USING brin (created_at) WITH (pages_per_range = 32, autosummarize = on);
 
 CREATE TABLE model_metrics (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,

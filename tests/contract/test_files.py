@@ -26,6 +26,8 @@ from tests.conftest import missing
 
 ROOT = Path(__file__).parents[2]
 ACTORS = {"collector", "features", "emitter", "recorder", "trainer", "scorer", "health", "backup"}
+# Who needs more than the inner network: the gateway is reached, the monitor sends mail, the backup agent ships.
+OUTER = {"collector": {"edge"}, "health": {"out"}, "backup": {"out"}}
 PASSWORDS = {f"MT5_NATS_{user.name.upper()}_PASSWORD": f"secret-of-{user.name}" for user in users()}
 
 
@@ -165,14 +167,46 @@ def test_compose_services_are_hardened_and_only_the_gateway_is_reachable(compose
         assert service["cap_drop"] == ["ALL"], name
         assert service["security_opt"] == ["no-new-privileges:true"], name
         assert service["restart"] == ("no" if name == "setup" else "unless-stopped"), name
+        assert set(service["networks"]) == {"inside", *OUTER.get(name, ())}, name
         if name == "collector":
             assert [port["host_ip"] for port in service["ports"]] == ["127.0.0.1"]
         else:
             assert "ports" not in service, name
-            assert list(service["networks"]) == ["inside"], name
     for server in ("nats", "timescaledb", "pgbouncer", "collector"):
         assert compose["services"][server]["healthcheck"]["test"], server
     assert compose["networks"]["inside"]["internal"]
+
+
+def test_compose_gives_no_service_the_engine_of_the_host(compose: dict[str, Any]) -> None:
+    for name, service in compose["services"].items():
+        assert [v for v in service.get("volumes", ()) if "docker.sock" in v["source"]] == [], name
+
+
+def test_compose_gives_nats_the_password_of_every_user(compose: dict[str, Any]) -> None:
+    """nats.conf names them all, and a server with one of them unset does not start."""
+    environment = compose["services"]["nats"]["environment"]
+    found = {name: value for name, value in environment.items() if name.endswith("_PASSWORD")}
+    assert found == dict.fromkeys(PASSWORDS, '"secret"')
+
+
+def test_compose_keeps_what_the_monitor_and_the_backups_know(compose: dict[str, Any]) -> None:
+    """Their home is one volume and no tmpfs: incidents, the outbox and backups outlive the containers."""
+    for name in ("health", "backup"):
+        service = compose["services"][name]
+        assert service["tmpfs"] == ["/tmp"], name
+        homes = [volume for volume in service["volumes"] if volume["target"] == "/var/lib/mt5"]
+        assert [(home["type"], home["source"]) for home in homes] == [("volume", "operations")], name
+    models = [v for v in compose["services"]["backup"]["volumes"] if v["source"] == "models"]
+    assert [v["read_only"] for v in models] == [True]
+
+
+def test_image_has_the_dump_program_of_the_composed_database(compose: dict[str, Any]) -> None:
+    """pg_dump refuses a server that is newer than it is."""
+    major = re.search(r"-pg(\d+)$", compose["services"]["timescaledb"]["image"])
+    assert major
+    bins = compose["services"]["backup"]["environment"]["MT5_BACKUP_POSTGRES_BINS"]
+    assert bins == f"{major[1]}=/usr/lib/postgresql/{major[1]}/bin"
+    assert f"postgresql-client-{major[1]}=" in (ROOT / "deploy" / "Dockerfile").read_text()
 
 
 def test_compose_gives_an_actor_no_variable_that_it_does_not_know(compose: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from schema import messages
 from schema.messages import (
     Alert,
     Backfill,
+    BackupEvent,
     Candle,
     CandleBlock,
     FeatureBlock,
@@ -272,6 +273,27 @@ WIRE: dict[str, Message] = {
         details={"offset": 7_200, "weeks": 8},
     ),
     "alerts.v1.bare": Alert(severity="info", check="clock", message="The clock agrees.", at=RECEIVED),
+    "alerts.v2": Alert(
+        severity="critical",
+        check="database",
+        message="PostgreSQL does not answer.",
+        at=RECEIVED,
+        details={"checks": ["database"]},
+        event="opened",
+        incident="20250213T013500-database",
+    ),
+    "backups.v1": BackupEvent(
+        event="verified",
+        backup="2025-02-13",
+        at=RECEIVED,
+        bytes=1_048_576,
+        seconds=12.5,
+        rpo_seconds=61.5,
+        target="backup@example.org:/srv/mt5",
+        error="none of it",
+        details={"rows": 1_000, "streams": 4},
+    ),
+    "backups.v1.bare": BackupEvent(event="made", backup="2025-02-13", at=RECEIVED),
     "rejects.v1": Reject(
         where="candles",
         reason="high 1.0 is below open 1.2",
@@ -436,6 +458,7 @@ def test_subjects_and_streams_are_the_contracts() -> None:
         "models": ("EVENTS", 1),
         "outcomes": ("EVENTS", 2),
         "alerts": ("EVENTS", 2),
+        "backups": ("EVENTS", 1),
         "rejects": ("REJECTS", 1),
     }
     assert CANDLES.subject("H1", "US30.m") == "candles.H1.US30%2Em"
