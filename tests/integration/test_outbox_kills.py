@@ -1,6 +1,6 @@
 """kill -9 of the monitor around a send: nothing is lost, and what had to be sent again carries the same Message-ID.
 
-A real SMTP server kills the process at the point that the seed has drawn: within the dialogue, after the mail is kept and
+A real SMTP server kills the process at the points that the seed has drawn: within the dialogue, after the mail is kept and
 before the process can know of it, just after it could, or at any moment. Then the process is started again, until all is told.
 """
 
@@ -30,8 +30,9 @@ from tests.servers import ROOT
 NOTICES = 4
 KILLS = 3
 SEEDS = 100
-SHARE = 25  # of one test
+SHARE = 10  # of one test
 STAGES = ("EHLO", "MAIL", "RCPT", "DATA", "KEPT", "REPLIED", "moment", "queued", "committed")
+CERTAIN = set(STAGES) - {"REPLIED", "moment"}  # at those two the process may have ended before the signal comes
 LIFE_SECONDS = 30.0
 
 
@@ -84,10 +85,10 @@ def zygote() -> Iterator[Zygote]:
 class Killer:
     """Kills the worker when the server has come to the drawn stage the drawn number of times, or at a drawn moment."""
 
-    def __init__(self, box: Mailbox, chance: random.Random) -> None:
+    def __init__(self, box: Mailbox, stage: str, chance: random.Random) -> None:
         self.hit: int | None = None  # how many mails the server had when it killed
         self._box = box
-        self._stage = chance.choice(STAGES)
+        self._stage = stage
         self._countdown = chance.randrange(1, NOTICES + 1)
         self._delay = chance.uniform(0.0, 0.06)
         self._pid: int | None = None
@@ -131,7 +132,7 @@ def tell_everything(folder: Path, seed: int, zygote: Zygote) -> Counter[str]:
     kills: Counter[str] = Counter()
     with mail_server() as box:
         for life in range(KILLS + 1):
-            killer = Killer(box, chance)
+            killer = Killer(box, STAGES[(seed + 4 * life) % len(STAGES)], chance)
             if life == KILLS:
                 box.hook = lambda stage, argument: None
                 killer.crash = "never"
@@ -182,7 +183,7 @@ def test_kill_9_around_a_send_loses_nothing_in_a_hundred_seeds(tmp_path: Path, f
         except AssertionError as error:
             error.add_note(f"seed {seed}")
             raise
-    assert set(kills) == set(STAGES), f"some points were never hit: {kills}"
+    assert set(kills) >= CERTAIN, f"some points were never hit: {kills}"
 
 
 @pytest.mark.parametrize("stage", ["RCPT", "KEPT"])
