@@ -158,7 +158,14 @@ def scene(make: Make, disk: Path | None, tmp_path_factory: pytest.TempPathFactor
             )
             system.start()
             made = Scene(system, postgres, mailbox, disk, state)
-            checks = ("database", "actor.trainer", "actor.scorer", "actor.recorder", f"runner.{RUNNER}", "endpoint./health")
+            checks = (
+                "database",
+                "actor.trainer",
+                "actor.scorer",
+                "actor.recorder",
+                f"runner.{RUNNER}",
+                "endpoint./health",
+            )
             wait_until(lambda: all(made.is_now(check, "ok") for check in checks), 60, "everything is well")
             yield made
             system.end()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
@@ -41,7 +42,7 @@ def market(start: int, end: int, step: int = MINUTE) -> list[int]:
 def calendar_of(times: list[int], timeframe: str = "M1") -> Calendar:
     step = SECONDS[timeframe]
     made = Calendar(timeframe)
-    holes = [(a, b) for a, b in zip(times, times[1:], strict=False) if b - a != step]
+    holes = [(a, b) for a, b in pairwise(times) if b - a != step]
     learn(made, times[0], holes, times[-1])
     return made
 
@@ -49,7 +50,9 @@ def calendar_of(times: list[int], timeframe: str = "M1") -> Calendar:
 LONG = market(at("2024-12-01"), at("2025-03-29"))
 CALENDAR = calendar_of([ts for ts in LONG if ts < at("2025-02-22")])
 CALM = [ts for ts in LONG if at("2025-02-16") <= ts < at("2025-02-22")]
-CHANGED = [ts for ts in LONG if at("2025-03-09") <= ts < at("2025-03-22")]  # New York's clock has moved, Europe's has not
+CHANGED = [
+    ts for ts in LONG if at("2025-03-09") <= ts < at("2025-03-22")
+]  # New York's clock has moved, Europe's has not
 
 
 def outcome(calendar: Calendar, head: int, silence: int, ragged: int) -> None:
@@ -81,12 +84,18 @@ def test_the_weeks_of_changing_clocks_cost_an_hour_at_most(head: int, silence: i
 @pytest.mark.parametrize("timeframe", ["M5", "M15", "H1", "H4"])
 def test_longer_bars_are_no_different(timeframe: str) -> None:
     step = SECONDS[timeframe]
-    times = market(at("2024-12-01"), at("2025-02-22"), step) if step <= HOUR else [
-        ts for ts in range(at("2024-12-01"), at("2025-02-22"), step) if any(map(is_open, range(ts, ts + step, HOUR)))
-    ]
+    times = (
+        market(at("2024-12-01"), at("2025-02-22"), step)
+        if step <= HOUR
+        else [
+            ts
+            for ts in range(at("2024-12-01"), at("2025-02-22"), step)
+            if any(map(is_open, range(ts, ts + step, HOUR)))
+        ]
+    )
     calendar = calendar_of(times, timeframe)
     week = [ts for ts in times if ts >= at("2025-02-16")]
-    for head, following in zip(week, week[1:], strict=False):
+    for head, following in pairwise(week):
         # Just before the next bar is due nothing is wrong, however long the pause between.
         assert freshness(calendar, head, following + step + 1, PATIENCE).state != "stale", (head, following)
     wednesday = at("2025-02-19T08:00:00")
@@ -129,7 +138,7 @@ def test_real_feeds_raise_hardly_a_false_alarm(data: Path, name: str) -> None:
     with file.open("rb") as stream:
         times = [int(row.ts.timestamp()) for rows in read_bars(decode_lines(iter(stream))) for row in rows]
     calendar, alarms, judged_from = Calendar("M1"), [], times[0] + WEEK
-    for head, following in zip(times, times[1:], strict=False):
+    for head, following in pairwise(times):
         calendar.observe(head, head)
         if following - head > 2 * MINUTE and head > judged_from:
             ends = np.unique(np.linspace(head + 2 * MINUTE, following + MINUTE, 6).astype(int))
