@@ -177,7 +177,8 @@ def _picture(heights: Sequence[float], paint: Callable[[Sequence[Axes]], None]) 
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(WIDTH, sum(heights)), dpi=PIXELS, layout="constrained", facecolor="white")
+        figure = Figure(figsize=(WIDTH, sum(heights)), dpi=PIXELS, facecolor="white")
+        figure.set_layout_engine("constrained", h_pad=0.07)  # so that a title keeps off the times above it
         FigureCanvasAgg(figure)
         found = figure.subplots(len(heights), 1, squeeze=False, gridspec_kw={"height_ratios": list(heights)})[:, 0]
         axes = list(found)
