@@ -125,16 +125,6 @@ drift_gauge: Final = GaugeMetric("mt5_drift", "How far inputs and outcomes are f
 audited_total: Final = CounterMetric(
     "mt5_audited_signals_total", "Signals that were rebuilt and compared, by result.", unlabelled=False
 )
-notices_total: Final = CounterMetric(
-    "mt5_notices_total", "Tries to send a notice, by sender and result.", unlabelled=False
-)
-outbox_gauge: Final = GaugeMetric("mt5_outbox_waiting", "Notices that wait to be sent, by sender.")
-check_gauge: Final = GaugeMetric("mt5_check_status", "The monitor's checks: 0 ok, 1 warning, 2 critical, -1 skipped.")
-check_value_gauge: Final = GaugeMetric("mt5_check_value", "What a check measured, in its own unit.")
-check_results_total: Final = CounterMetric(
-    "mt5_check_results_total", "Results of the monitor's checks, by status.", unlabelled=False
-)
-incidents_gauge: Final = GaugeMetric("mt5_incidents_open", "Incidents that were told and are not over.")
 backup_made_gauge: Final = GaugeMetric(
     "mt5_backup_last_success_timestamp_seconds", "When the newest backup was begun; with a target, that is there."
 )

@@ -69,7 +69,9 @@ def test_what_is_recorded_is_read_by_others_while_it_is_open(journal: Journal, t
         id="i-1", opened_at=NOW, closed_at=None, severity="critical", title="It broke", checks=("database", "disk.home")
     )
     with journal.transaction():
-        journal.record([of("disk.home", NOW), of("database", NOW), of("database", NOW + timedelta(seconds=30), "critical")])
+        journal.record(
+            [of("disk.home", NOW), of("database", NOW), of("database", NOW + timedelta(seconds=30), "critical")]
+        )
         journal.save_incidents([incident])
         journal.set_place("somewhere", "42")
     reader = Journal.reading(tmp_path)
@@ -213,7 +215,12 @@ async def test_what_cannot_be_written_is_taken_in_later(journal: Journal, tmp_pa
 
 async def test_a_state_that_is_not_understood_closes_what_was_open(journal: Journal) -> None:
     incident = Incident(
-        id="i-1", opened_at=NOW - timedelta(hours=1), closed_at=None, severity="critical", title="It broke", checks=("x",)
+        id="i-1",
+        opened_at=NOW - timedelta(hours=1),
+        closed_at=None,
+        severity="critical",
+        title="It broke",
+        checks=("x",),
     )
     with journal.transaction():
         journal.save_state(b'{"of": "another version", "watches": 3}')
