@@ -135,7 +135,8 @@ def _place(site: Site, found: re.Match[str]) -> str:
         _PROGRAM: " ".join(site.program),
         _CHECKOUT: str(site.root),
         DEFAULT_HOME: str(site.home),
-        "mt5.service": site.main,
+        # Not the target: it is active only once the last of them has started, and until then no restart would reach any.
+        "mt5.service": "mt5@*.service" if site.per_actor else "mt5.service",
     }[word]
 
 
@@ -296,8 +297,11 @@ def _remove(folder: Path, system: bool, *, as_json: bool) -> int:
 
 
 def _disable(names: Sequence[str]) -> None:
-    """Stops what is going away and takes it out of the boot; instances of a template stop with their target."""
+    """Stops what is going away, a template's instances too, and takes it out of the boot."""
     plain = [name for name in names if "@" not in name]
+    instances = [name.replace("@.", "@*.") for name in names if "@" in name]
+    if instances and _running():
+        _run("systemctl", "stop", *instances)
     if plain:
         _run("systemctl", "disable", *(["--now"] if _running() else []), *plain)
 

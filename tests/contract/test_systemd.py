@@ -271,7 +271,7 @@ def test_the_two_shapes_are_never_installed_side_by_side(tmp_path: Path) -> None
         "mt5@.service",
         "mt5-setup.service",
     }
-    assert read(single / "mt5-restart.service")["Service.ExecStart"][0].endswith("try-restart mt5.target")
+    assert read(single / "mt5-restart.service")["Service.ExecStart"][0].endswith("try-restart mt5@*.service")
     for folder, words in ((whole, ["--per-actor"]), (single, [])):
         done = call("--dir", str(folder), *words)
         assert done.returncode == 1

@@ -120,11 +120,11 @@ def booted() -> Iterator[Machine]:
     folder = Path(tempfile.mkdtemp(prefix="mt5-booted-", dir="/dev/shm"))
     group.mkdir()
     namespaces = ["--mount", "--pid", "--cgroup", "--uts", "--ipc", "--net", "--fork", "--kill-child"]
+    # It joins the group before it gets a namespace of groups, whose root that group then is.
+    join = ["bash", "-c", 'echo $$ >"$1/cgroup.procs" && shift && exec "$@"', "bash", str(group)]
+    boot = ["bash", "-c", BOOT, "bash", str(folder), sys.prefix]
     process = subprocess.Popen(
-        # It joins the group before it gets a namespace of groups, whose root that group then is.
-        ["bash", "-c", 'echo $$ >"$1/cgroup.procs" && shift && exec "$@"', "bash", str(group)]
-        + ["unshare", *namespaces, "--propagation", "private", "bash", "-c", BOOT, "bash", str(folder)]
-        + [sys.prefix],
+        [*join, "unshare", *namespaces, "--propagation", "private", *boot],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
