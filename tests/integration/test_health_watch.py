@@ -118,7 +118,9 @@ async def test_what_is_away_skips_its_details_and_a_defect_is_said() -> None:
         raise ZeroDivisionError
 
     watch = Watch(
-        [Probe("database", away), Probe("database.size", away, detail=True), Probe("nats", broken)], interval=9, timeout=5
+        [Probe("database", away), Probe("database.size", away, detail=True), Probe("nats", broken)],
+        interval=9,
+        timeout=5,
     )
     found = {one.check: (one.status, one.message) for one in await watch.once()}
     assert found["database"] == ("critical", "Cannot be looked at now: PostgreSQL is away.")
