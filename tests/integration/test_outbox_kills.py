@@ -10,6 +10,7 @@ import contextlib
 import os
 import random
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ import pytest
 from actors.core.mail import message_id
 from actors.core.wording import body, headline
 from tests.mailbox import Mailbox, mail_server
-from tests.outbox_process import database, notice
+from tests.outbox_process import database, news
 from tests.servers import ROOT
 
 NOTICES = 4
@@ -153,7 +154,8 @@ def tell_everything(folder: Path, seed: int, zygote: Zygote) -> Counter[str]:
     for index, received in enumerate(box.received):
         mail = received.mail
         sent[str(mail["Subject"])].append((index, str(mail["Message-ID"]), mail.get_content().replace("\r\n", "\n")))
-    expected = [notice(number) for number in range(NOTICES)]
+    expected = news(NOTICES)
+    assert [one.kind for one in expected] == ["opened", "closed"] * (NOTICES // 2)
     assert sorted(sent) == sorted(headline(one) for one in expected), "lost, or nobody's"
     for one in expected:
         copies = sent[headline(one)]
@@ -166,9 +168,11 @@ def tell_everything(folder: Path, seed: int, zygote: Zygote) -> Counter[str]:
     assert again.issuperset(twice), "nobody could know that these were taken: they must have come again"
     with closing(database(folder)) as connection:
         rows = connection.execute("SELECT notice, sent_at IS NOT NULL FROM outbox ORDER BY rowid").fetchall()
-        incidents = connection.execute("SELECT incident || ':opened' FROM incidents ORDER BY rowid").fetchall()
+        incidents = connection.execute(
+            "SELECT incident, closed_at IS NOT NULL FROM incidents ORDER BY opened_at"
+        ).fetchall()
     assert rows == [(one.id, 1) for one in expected]
-    assert incidents == [(one.id,) for one in expected]
+    assert incidents == [(one.incident, 1) for one in expected[::2]], "an incident and its notices are one transaction"
     return kills
 
 
@@ -183,6 +187,7 @@ def test_kill_9_around_a_send_loses_nothing_in_a_hundred_seeds(tmp_path: Path, f
         except AssertionError as error:
             error.add_note(f"seed {seed}")
             raise
+        shutil.rmtree(folder)
     assert set(kills) >= CERTAIN, f"some points were never hit: {kills}"
 
 
@@ -209,5 +214,5 @@ def test_a_mail_is_sent_again_if_nobody_knows_whether_it_was_taken(tmp_path: Pat
     ids = [str(one.mail["Message-ID"]) for one in box.received]
     assert len(set(ids)) == NOTICES
     assert len(ids) == NOTICES + (stage == "KEPT")
-    assert ids[0] == message_id(notice(0).id, "example.org")
+    assert ids[0] == message_id(news(1)[0].id, "example.org")
     assert (ids[1] == ids[0]) == (stage == "KEPT")
