@@ -66,7 +66,7 @@ class CheckAnswer(Struct, frozen=True):
     incidents: tuple[Incident, ...] = ()  # that last
 
 
-class TestAnswer(Struct, frozen=True):
+class TrialAnswer(Struct, frozen=True):
     """What each sender made of a test, nobody's where none is set up."""
 
     notice: str
@@ -125,8 +125,14 @@ class Health:
                 journal=self._journal,
                 own=self.ctx.process,
             )
+            rules = self._settings.alerts
             self._watch = Watch(
-                probes, health.interval_seconds, health.timeout_seconds, self._desk.take, self._failing()
+                probes,
+                health.interval_seconds,
+                health.timeout_seconds,
+                self._desk.take,
+                self._failing(),
+                clear=max([rules.clear, *(rule.clear or 1 for rule in rules.rules.values())]),
             )
             endpoints = {HEALTH_CHECK: self._on_check, TEST_ALERT: self._on_test, SEND_REPORT: self._on_report}
             service = await serve(self._bus, self.name, self.description, endpoints)
@@ -218,7 +224,7 @@ class Health:
         while True:
             found = self._journal.deliveries(notice.id)
             if all(one.sent_at is not None or one.error for one in found) or time.monotonic() > deadline:
-                return msgspec.json.encode(TestAnswer(notice.id, tuple(found)))
+                return msgspec.json.encode(TrialAnswer(notice.id, tuple(found)))
             await asyncio.sleep(0.1)
 
     async def _on_report(self, data: bytes) -> bytes:

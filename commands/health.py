@@ -120,18 +120,18 @@ async def test_alert(args: argparse.Namespace) -> int:
     """``health test-alert [--json]``: exit code 1 where a sender did not take it, or there is none."""
     import msgspec
 
-    from actors.health import TestAnswer
+    from actors.health import TrialAnswer
     from bus.client import BusUnavailable
     from bus.subjects import TEST_ALERT
 
     loaded = read()
     places = find(loaded)
-    answer: TestAnswer | None = None
+    answer: TrialAnswer | None = None
     if places.nats is not None:
         with contextlib.suppress(CommandError):
             async with bus_of(places, loaded) as bus:
                 with contextlib.suppress(BusUnavailable, msgspec.DecodeError):
-                    answer = msgspec.json.decode(await bus.request(TEST_ALERT, timeout=TEST_SECONDS), type=TestAnswer)
+                    answer = msgspec.json.decode(await bus.request(TEST_ALERT, timeout=TEST_SECONDS), type=TrialAnswer)
     asked = answer is not None
     if answer is None:
         answer = await _test_here(loaded)
@@ -162,7 +162,7 @@ async def _test_here(loaded: Loaded) -> Any:
     """Sends the test without a monitor and its outbox: once, and what fails is only said."""
     import asyncio
 
-    from actors.health import TestAnswer, test_notice
+    from actors.health import TrialAnswer, test_notice
     from actors.monitor.journal import Delivery
     from actors.monitor.outbox import SEND_SECONDS, SendFailed
     from actors.monitor.senders import senders
@@ -188,7 +188,7 @@ async def _test_here(loaded: Loaded) -> Any:
             found.append(Delivery(name, None, 1, str(error) or f"There was no answer within {SEND_SECONDS:g} seconds."))
         else:
             found.append(Delivery(name, datetime.now(UTC).timestamp(), 1, remark or ""))
-    return TestAnswer(notice.id, tuple(found))
+    return TrialAnswer(notice.id, tuple(found))
 
 
 # --- what was ------------------------------------------------------------------------------------------------------

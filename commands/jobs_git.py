@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +15,10 @@ GIT_SECONDS: Final = 60.0
 FETCH_SECONDS: Final = 300.0
 REMOTE: Final = "origin"
 SUBJECTS: Final = 20  # of the commits that an update brings, in its mail
+
+# What a hook or a caller's own git would have us work on instead.
+_FOREIGN: Final = frozenset({"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR"})
+_NOTHING: Final[Mapping[str, str]] = {}
 
 
 class Position(Struct, frozen=True):
@@ -82,6 +87,15 @@ class Checkout:
         words = ("log", f"--max-count={SUBJECTS}", "--format=%h %s", f"{old}..{new}")
         return self._git(words, "has no history").splitlines()
 
+    def copy(self, revision: str, folder: Path) -> None:
+        """Writes a revision's files into an empty folder; nothing else of the checkout gets there, nor changes."""
+        index = folder.with_name(f"{folder.name}.index")  # of this copy, beside the checkout's own
+        try:
+            for words in (("read-tree", revision), ("checkout-index", "--all", f"--prefix={folder}/")):
+                self._git(words, "cannot be copied", env={"GIT_INDEX_FILE": str(index)})
+        finally:
+            index.unlink(missing_ok=True)
+
     # --- moving --------------------------------------------------------------------------------------------------
 
     def go(self, here: Position, revision: str, *, asked: bool) -> None:
@@ -110,22 +124,18 @@ class Checkout:
         else:
             self._git(("checkout", "--quiet", "--detach", to.revision), "could not be put back")
 
-    def _ask(self, *words: str, seconds: float = GIT_SECONDS) -> Ran:
-        env = {name: value for name, value in os.environ.items() if name not in _FOREIGN}
-        env |= {"GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
-        env.setdefault("GIT_SSH_COMMAND", "ssh -o BatchMode=yes -o ConnectTimeout=20")
+    def _ask(self, *words: str, seconds: float = GIT_SECONDS, env: Mapping[str, str] = _NOTHING) -> Ran:
+        whole = {name: value for name, value in os.environ.items() if name not in _FOREIGN}
+        whole |= {"GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C", **env}
+        whole.setdefault("GIT_SSH_COMMAND", "ssh -o BatchMode=yes -o ConnectTimeout=20")
         options = ("-c", f"safe.directory={self.path}", "-c", f"core.hooksPath={os.devnull}")
-        return run(("git", *options, *words), cwd=self.path, seconds=seconds, env=env)
+        return run(("git", *options, *words), cwd=self.path, seconds=seconds, env=whole)
 
-    def _git(self, words: tuple[str, ...], trouble: str) -> str:
-        ran = self._ask(*words)
+    def _git(self, words: tuple[str, ...], trouble: str, env: Mapping[str, str] = _NOTHING) -> str:
+        ran = self._ask(*words, env=env)
         if ran.code != 0:
             raise JobFailed(f"{self.path} {trouble}.", ran.tail())
         return ran.out.strip()
-
-
-# What a hook or a caller's own git would have us work on instead.
-_FOREIGN: Final = frozenset({"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR"})
 
 
 def short(revision: str) -> str:

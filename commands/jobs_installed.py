@@ -371,7 +371,8 @@ def restart_units(units: Sequence[str], home: Path) -> None:
             "(`mt5 install-systemd`), or give --restart COMMAND."
         )
     before = _runs(units)
-    (home / WISH).touch(mode=0o600)
+    # Opened for writing and closed: that is what the unit waits for.
+    os.close(os.open(home / WISH, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
     deadline = time.monotonic() + RESTART_SECONDS
     while not all(
         state == "active" and before.get(unit) != (invocation, state) for unit, invocation, state in _states(units)

@@ -8,7 +8,6 @@ that matters. The environment is kept for the next night, and `job vuln-check` f
 from __future__ import annotations
 
 import os
-import tarfile
 import xml.etree.ElementTree as xml
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -18,7 +17,6 @@ from commands.jobs_git import Checkout, short
 from commands.jobs_programs import JobFailed, last_lines, run
 
 SECONDS: Final = 3_600.0
-ARCHIVE_SECONDS: Final = 120.0
 NAMED: Final = 20  # failed tests that a mail names
 DEFAULT_ARGS: Final = "-q -n 2 --dist loadfile -p no:cacheprovider"
 
@@ -69,23 +67,12 @@ def tests(job: Job, checkout: Path) -> Outcome:
 
 
 def _copy(checkout: Path, copy: Path) -> str:
-    """The files of the revision that is checked out, as new as now; returns the revision."""
-    revision = Checkout(checkout).position().revision
+    """The files of the revision that is checked out; returns the revision."""
+    git = Checkout(checkout)
+    revision = git.position().revision
     remove(copy)
     copy.mkdir(mode=0o700)
-    archive = copy.with_suffix(".tar")
-    try:
-        words = ("git", "-c", f"safe.directory={checkout}", "archive", "--format=tar", f"--output={archive}", revision)
-        run(words, cwd=checkout, seconds=ARCHIVE_SECONDS).need("Copying the checkout")
-        with tarfile.open(archive) as tar:
-            tar.extractall(copy, filter="data")
-    finally:
-        archive.unlink(missing_ok=True)
-    # The Makefile's stamps compare times, and git gives every file that of its commit.
-    for name in ("requirements", "pyproject.toml"):
-        for path in [copy / name, *(copy / name).glob("*")]:
-            if path.exists():
-                path.touch()
+    git.copy(revision, copy)
     return revision
 
 

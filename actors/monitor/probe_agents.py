@@ -37,8 +37,8 @@ class AgentProbes:
 
     def probes(self) -> list[Probe]:
         found = [
-            Probe("model", self.models, every=10, detail=True),
-            Probe("backup", self.backups, every=2, detail=True),
+            Probe("model", self.models, every=10, detail=True, many=True),
+            Probe("backup", self.backups, every=2, detail=True, many=True),
         ]
         return found if self.journal is None else [*found, Probe("outbox", self.outbox)]
 

@@ -93,7 +93,7 @@ class FeedProbes:
     _subjects_at: float = -1e9
 
     def probes(self) -> list[Probe]:
-        return [Probe("feed", self.look)]
+        return [Probe("feed", self.look, many=True)]
 
     async def look(self) -> list[CheckResult]:
         # Late: numpy takes a moment, and `up` is ready without it.
@@ -139,8 +139,9 @@ class FeedProbes:
         if self.store is None:
             return False
         try:
-            rows = await self.store.fetch("health_newest", MOST_SERIES, within=within / 2)
-        except StoreUnavailable:
+            async with asyncio.timeout(within / 3):  # a frozen server must leave time for the stream
+                rows = await self.store.fetch("health_newest", MOST_SERIES)
+        except (StoreUnavailable, TimeoutError):
             return False
         for row in rows:
             self._feed(row["symbol"], row["timeframe"]).heard(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -44,9 +45,9 @@ class NatsProbes:
         return [
             Probe("nats", self.answers),
             Probe("nats.store", self.store, every=4, detail=True),
-            Probe("nats.stream", self.streams, every=2, detail=True),
+            Probe("nats.stream", self.streams, every=2, detail=True, many=True),
             Probe("nats.publish", self.publish),
-            Probe("actor", self.asked, detail=True, also=("nats.lag",)),
+            Probe("actor", self.asked, detail=True, many=True, also=("nats.lag",)),
         ]
 
     def _here(self) -> None:
@@ -121,7 +122,13 @@ class NatsProbes:
     async def asked(self) -> list[CheckResult]:
         self._here()
         wait = min(ANSWERS_WITHIN, self.settings.health.timeout_seconds / 2)
-        found: Mapping[str, Sequence[Status]] = await statuses(self.bus, self.actors, own=self.own, wait=wait)
+        asking = asyncio.create_task(statuses(self.bus, self.actors, own=self.own, wait=wait))
+        # nats-py may wait for ever in a connection that has just broken: then it is NATS that is told of.
+        done, _ = await asyncio.wait({asking}, timeout=wait + 1.0)
+        if not done or not self.bus.connected:
+            asking.cancel()
+            raise ConnectionError("NATS broke off while the actors were asked")
+        found: Mapping[str, Sequence[Status]] = asking.result()
         out = []
         for actor in self.actors:
             health, sentence = judge(actor, found[actor])

@@ -39,7 +39,8 @@ Look = Callable[[], Awaitable[Sequence[CheckResult]]]
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """``name`` is the check that is told when the look itself fails or hangs; its other results begin with it, mostly.
+    """``name`` is its check, or what its checks begin with where they are ``many``: a look that fails or hangs is then told
+    as ``NAME.look``, which depends on what they depend on.
 
     ``every`` beats it is asked while all is well, each beat while something is not. ``detail``: where its server is away
     it says nothing, since another check says so.
@@ -49,8 +50,13 @@ class Probe:
     look: Look
     every: int = 1
     detail: bool = False
-    # Beginnings of the names of its results, where they are not its own name.
-    also: tuple[str, ...] = ()
+    many: bool = False
+    also: tuple[str, ...] = ()  # beginnings of the names of its results, where they are not its own name
+
+    @property
+    def itself(self) -> str:
+        """The check that says how the look itself went."""
+        return f"{self.name}.look" if self.many else self.name
 
     def reach(self, check: str) -> int:
         """How much of a check's name is this probe's; 0: it is another's. The probe with the longest reach says it."""
@@ -80,7 +86,7 @@ def words(error: BaseException) -> str:
     return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
 
 
-_threads: dict[str, threading.Thread] = {}  # by what they look at: one that hangs is not joined by another each beat
+_working: set[str] = set()  # what threads look at: one that hangs is not joined by another each beat
 
 
 async def in_thread(name: str, work: Callable[[], T]) -> T:
@@ -89,8 +95,7 @@ async def in_thread(name: str, work: Callable[[], T]) -> T:
     Raises:
         TimeoutError: the last work of that name still hangs.
     """
-    before = _threads.get(name)
-    if before is not None and before.is_alive():
+    if name in _working:
         raise TimeoutError("the last look at it still hangs")
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
@@ -110,13 +115,14 @@ async def in_thread(name: str, work: Callable[[], T]) -> T:
             outcome = work()
         except Exception as error:
             failure = error
+        _working.discard(name)
         try:
             loop.call_soon_threadsafe(settle, outcome, failure)
         except RuntimeError:  # the loop is closed: the process is ending
             pass
 
-    _threads[name] = threading.Thread(target=run, name=f"probe-{name}", daemon=True)
-    _threads[name].start()
+    _working.add(name)
+    threading.Thread(target=run, name=f"probe-{name}", daemon=True).start()
     return await future
 
 
@@ -148,6 +154,7 @@ class Watch:
     timeout: float
     take: Callable[[Sequence[CheckResult]], None] = lambda results: None
     failing: set[str] = field(default_factory=set)
+    clear: int = 1  # results in a row that close an alert
     _flights: dict[str, _Flight] = field(default_factory=dict)
     _beaten: dict[str, float] = field(default_factory=dict)  # when each probe's last look was over
     _well: set[str] = field(default_factory=set)  # checks of what comes up with us that have been well
@@ -156,7 +163,7 @@ class Watch:
     async def run(self) -> None:
         """Looks for ever; ends only by being cancelled or by a defect."""
         nobodys = [check for check in self.failing if self._owner(check) is None]
-        self.take([self._over(check) for check in nobodys])
+        self.take([one for check in nobodys for one in self._over(check)])
         tasks: list[asyncio.Task[Any]] = [
             asyncio.create_task(self._beat(probe), name=f"probe-{probe.name}") for probe in self.probes
         ]
@@ -184,7 +191,7 @@ class Watch:
         )
 
     async def _beat(self, probe: Probe) -> None:
-        due = time.monotonic()
+        due, well = time.monotonic(), 0
         while True:
             looked = await self.look(probe)
             self._beaten[probe.name] = time.monotonic()
@@ -192,15 +199,15 @@ class Watch:
             if looked.whole:
                 named = {one.check for one in results}
                 gone = [check for check in self.failing if check not in named and self._owner(check) is probe]
-                results += [self._over(check) for check in gone]
+                results += [one for check in gone for one in self._over(check)]
             for one in results:
                 if one.status in ("warning", "critical"):
                     self.failing.add(one.check)
                 elif one.status == "ok":
                     self.failing.discard(one.check)
             self.take(results)
-            well = all(one.status in ("ok", "skipped") for one in results)
-            due += self.interval * (probe.every if well else 1)
+            well = well + 1 if all(one.status in ("ok", "skipped") for one in results) else 0
+            due += self.interval * (probe.every if well >= self.clear else 1)
             now = time.monotonic()
             if due < now:  # it took longer than its beat, or the machine slept
                 due = now + min(self.interval, 1.0)
@@ -210,9 +217,10 @@ class Watch:
         reach, owner = max(((probe.reach(check), n) for n, probe in enumerate(self.probes)), default=(0, 0))
         return self.probes[owner] if reach else None
 
-    def _over(self, check: str) -> CheckResult:
+    def _over(self, check: str) -> list[CheckResult]:
+        """As many results as close its alert: there will be no others."""
         self.failing.discard(check)
-        return result(check, "ok", "It is looked at again without it, or no longer looked at.")
+        return [result(check, "ok", "It is no longer there, or no longer looked at.")] * self.clear
 
     async def look(self, probe: Probe) -> Looked:
         """One look, within the time that a check has; shared by those who ask meanwhile."""
@@ -228,7 +236,7 @@ class Watch:
         flight.task.cancel()  # one that does not heed it stays in flight, and is critical at once next time
         lasts = time.monotonic() - began
         said = f"The check has not come back within {lasts:.0f} s: what it looks at hangs."
-        return Looked([result(probe.name, "critical", said, latency=lasts)], whole=False)
+        return Looked([result(probe.itself, "critical", said, latency=lasts)], whole=False)
 
     def _landed(self, name: str, flight: _Flight) -> None:
         if self._flights.get(name) is flight:
@@ -242,11 +250,11 @@ class Watch:
             whole = True
         except OUTAGES as error:
             status: Status = "skipped" if probe.detail else "critical"
-            results = [result(probe.name, status, f"Cannot be looked at now: {words(error)}.")]
+            results = [result(probe.itself, status, f"Cannot be looked at now: {words(error)}.")]
         except Exception as error:
             log.exception("a check is broken", action="health.defect", check=probe.name)
             results = [
-                result(probe.name, "critical", f"The check itself is broken ({type(error).__name__}): see the log.")
+                result(probe.itself, "critical", f"The check itself is broken ({type(error).__name__}): see the log.")
             ]
         took = time.monotonic() - began
         return Looked([one if one.latency else replace(one, latency=took) for one in results], whole)

@@ -654,12 +654,6 @@ ORDER BY parent, child LIMIT 10000;
 -- name: health_timescale
 SELECT EXISTS (SELECT FROM pg_extension WHERE extname = 'timescaledb');
 
--- name: health_policies
--- TimescaleDB's own jobs (compression, retention): those that failed last
-SELECT j.job_id, j.proc_name AS name, s.last_run_status AS status
-FROM timescaledb_information.jobs AS j JOIN timescaledb_information.job_stats AS s USING (job_id)
-WHERE s.last_run_status = 'Failed' ORDER BY j.job_id LIMIT 20;
-
 -- name: health_tables
 SELECT format('%I.%I', schemaname, relname) AS name, n_dead_tup AS dead
 FROM pg_stat_user_tables WHERE schemaname = current_schema() ORDER BY relname;

@@ -65,3 +65,12 @@ def test_a_machine_without_a_runner_is_told_nothing(system: System, mailbox: Mai
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["summary"] == "There is no CI runner here."
     assert mails(mailbox, "runner-check") == []
+
+
+def test_a_version_that_was_put_back_starts_on_the_database_of_the_newer_one(system: System) -> None:
+    """Migrations only add: what an update has applied before it was put back must not keep the older version down."""
+    system.fetch("INSERT INTO schema_migrations (version) VALUES ('9999_later')")
+    system.stop()
+    system.start()
+    assert "the database is newer than this version" in system.logs()
+    system.fetch("DELETE FROM schema_migrations WHERE version = '9999_later'")

@@ -56,7 +56,7 @@ def test_one_scrape_has_the_metrics_of_every_process(system: System) -> None:
     candle = {"time": OPENED, "open": 1.0, "high": 1.0, "low": 1.0, "close": 1.0, "volume": 1}
     system.post({"symbol": 'A"B\\', "timeframe": "M1", "replay": True, "gmt_time": OPENED + 60, "candles": [candle]})
     system.settle()
-    all_are(system, {"hot": 1, "recorder": 1, "trainer": 1, "scorer": 1})
+    all_are(system, {"hot": 1, "recorder": 1, "trainer": 1, "scorer": 1, "health": 1, "backup": 1})
     families = scrape(system)
     assert families["mt5_candles_total"].of(process="hot", outcome="accepted") == [2]
     assert families["mt5_candles_total"].of(process="recorder") == []
@@ -71,7 +71,7 @@ def test_a_process_that_says_nothing_is_missing_and_holds_nobody_up(system: Syst
         began = time.monotonic()
         assert up(system)["trainer"] == 0
         assert time.monotonic() - began < 2
-        all_are(system, {"hot": 1, "recorder": 1, "trainer": 0, "scorer": 1})
+        all_are(system, {"hot": 1, "recorder": 1, "trainer": 0, "scorer": 1, "health": 1, "backup": 1})
         health = system.get("/health")
         assert health["status"] == "degraded"
         assert health["checks"]["trainer"]["status"] == "degraded"

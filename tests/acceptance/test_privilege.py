@@ -42,13 +42,19 @@ OWNERS = {
     **{f"$JS.API.CONSUMER.UNPIN.KV_owners.{a}-0": {a} for a in OWNED},
     **{f"$JS.ACK.KV_owners.{a}-0.x": {a} for a in OWNED},
     "$KV.clock.x": {"collector"},
-    "alerts.warning.clock": {"collector", "scorer"},
+    "alerts.warning.clock": {"collector", "scorer", "health"},
+    "backups.made": {"backup"},
+    "probe.write": {"health"},
+    "health.check": set(),
+    "health.test": set(),
+    "backup.run": set(),
+    "$JS.API.DIRECT.GET.CANDLES.candles.M1.EURUSD": {"collector", "features", "scorer", "health"},
     "$JS.API.STREAM.CREATE.MINE": set(),
     "$JS.API.STREAM.UPDATE.CANDLES": set(),
     "$JS.API.STREAM.DELETE.CANDLES": set(),
     "$JS.API.STREAM.PURGE.CANDLES": set(),
     "$JS.API.STREAM.MSG.DELETE.SIGNALS": set(),
-    "$JS.API.STREAM.SNAPSHOT.CANDLES": set(),
+    "$JS.API.STREAM.SNAPSHOT.CANDLES": {"backup"},
     "$JS.API.CONSUMER.CREATE.REJECTS.x": set(),
     "$SYS.REQ.SERVER.PING": set(),
 }
@@ -56,9 +62,12 @@ READERS = {
     "CANDLES": {"collector", "features", "scorer"},
     "FEATURES": {"features", "emitter", "recorder", "scorer"},
     "SIGNALS": {"collector", "emitter", "recorder", "scorer"},
-    "EVENTS": {"emitter", "trainer", "scorer"},
+    "EVENTS": {"emitter", "trainer", "scorer", "health", "backup"},
 }
-LOOKERS = {"CANDLES": {"recorder", "emitter"}}  # may ask how far it reaches, and read nothing of it
+# May ask how far it reaches, and read nothing of it; the monitor and the backup agent ask it of every stream.
+LOOKERS = {stream: {"health", "backup"} for stream in READERS} | {
+    "CANDLES": {"recorder", "emitter", "health", "backup"}
+}
 
 
 class Wire:
@@ -135,6 +144,8 @@ async def test_an_actor_hears_its_own_inbox_and_requests_only(system: System, ac
     (allowed if actor == "trainer" else forbidden).extend(requests)
     (allowed if actor == "emitter" else forbidden).append("emitter.again")
     (allowed if actor == "scorer" else forbidden).append("scorer.scorecard")
+    (allowed if actor == "health" else forbidden).extend(["health.check", "health.test", "health.report"])
+    (allowed if actor == "backup" else forbidden).append("backup.run")
     async with connected(system, actor) as wire:
         for subject in [*forbidden, *allowed]:
             refused = await wire.subscribe(subject)

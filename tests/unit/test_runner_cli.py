@@ -250,7 +250,7 @@ def test_the_call_that_a_verdict_names_is_one_that_works(state: Literal["shadow"
             [],
             False,
             {"hot": ("collector", "features", "emitter")}
-            | {name: (name,) for name in ("recorder", "trainer", "scorer")},
+            | {name: (name,) for name in ("recorder", "trainer", "scorer", "health", "backup")},
         ),
         ([], True, {name: (name,) for name in ACTORS}),
         (["emitter", "collector", "emitter"], False, {"hot": ("collector", "emitter")}),
