@@ -20,6 +20,7 @@ from msgspec import inspect
 from schema.clock import parse_rule
 from schema.health import KINDS
 from schema.settings import ALIASES, SECRETS, Alerts, Backup, Health, Notify, Section, Settings
+from schema.targets import parse_target
 from schema.timeframes import canonical
 
 PREFIX: Final = "MT5_"
@@ -39,7 +40,6 @@ _TIME: Final = re.compile(r"([01]\d|2[0-3]):[0-5]\d")
 _DAYS: Final = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _MAILBOX: Final = re.compile(r"[^\s@<>,;]+@[^\s@<>,;]+|[^<>@\r\n]*<[^\s@<>,;]+@[^\s@<>,;]+>")
 _AGE: Final = re.compile(r"age1[02-9ac-hj-np-z]{58}")  # Bech32, as long as an X25519 key makes it
-_REMOTE: Final = re.compile(r"[^\s@:/]+@([\w.-]+|\[[0-9A-Fa-f:.%]+\])(:\d{1,5})?:/.*")
 _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 _HTTP: Final = ("http", "https")
 _NATS: Final = ("nats", "tls", "ws", "wss")
@@ -478,12 +478,12 @@ def _notify_rules(notify: Notify) -> Iterator[str]:
 
 
 def _backup_rules(backup: Backup) -> Iterator[str]:
-    target = backup.target
-    if target is not None:
-        place = target.partition("/")[0]
-        remote = "@" in place or (":" in place and not target.startswith("/"))
-        if not target or (remote and not _REMOTE.fullmatch(target)):
-            yield f'backup.target must be user@host:/folder or a local folder, not "{mask_url(target)}".'
+    if backup.target is not None:
+        try:
+            parse_target(backup.target)
+        except ValueError:
+            forms = "user@host:/folder, user@host:port:/folder or a local folder"
+            yield f'backup.target must be {forms}, not "{mask_url(backup.target)}".'
     recipient = backup.recipient
     if recipient is not None and not _AGE.fullmatch(recipient):
         shown = "a secret key" if recipient.upper().startswith("AGE-SECRET-KEY") else f'"{recipient}"'

@@ -220,7 +220,7 @@ class _Round:
             return watch
         openings = (*self._recent(watch), self.now)[-MOST_OPENINGS:]
         steady = len(openings) >= min(self.rules.flap_changes, MOST_OPENINGS)
-        return replace(watch, opened_at=self.now, severity=severity, openings=openings, steady=steady, told=False)
+        return replace(watch, opened_at=self.now, severity=severity, openings=openings, steady=steady)
 
     def _succeeded(self, watch: Watch, result: CheckResult) -> Watch:
         watch = replace(watch, bad=0, hot=0, good=watch.good + 1, seen_at=self.now, judged_at=self.now)
@@ -286,7 +286,7 @@ class _Round:
         watch = self.watches[name]
         if not watch.is_open or watch.incident or self.ruling(name).mute:
             return
-        cause = self._cause(watch) or self._cause(watch, near)
+        cause = self._cause(watch)
         if cause:
             self._place(cause, groups)  # the tables have no circles
             self._join(name, self.watches[cause].incident)
@@ -318,7 +318,7 @@ class _Round:
         opened_at = case.opened_at
         if case.told_at is None:
             opened_at = min(opened_at, self.watches[name].since)
-        self.cases[incident] = replace(case, checks=checks, ended=ended, opened_at=opened_at, recovered_at=None)
+        self.cases[incident] = replace(case, checks=checks, ended=ended, opened_at=opened_at)
         self.watches[name] = replace(self.watches[name], incident=incident)
 
     def explain(self) -> None:
@@ -342,9 +342,8 @@ class _Round:
                 continue  # what is never told explains nothing: somebody has to hear of it
             if other.is_open:
                 # One that stays open until it is steady may have worked for long.
-                if (other.bad or not self.passed(other.failed_at, RECOVERY)) and rank(other.severity) >= rank(
-                    watch.severity
-                ):
+                fails = other.bad or not self.passed(other.failed_at, RECOVERY)
+                if fails and rank(other.severity) >= rank(watch.severity):
                     return name
             elif other.bad:
                 begun = True
@@ -415,7 +414,7 @@ class _Round:
                 f"It lasted {lasted}, since {moment(case.opened_at)}.",
                 *shown(f"{check}: {words}" for check, words in case.ended.items()),
             ]
-            self._notice(case, "closed", "closed", case.title, lines, case.checks)
+            self._notice(case, "closed", "closed", case.severity, case.title, lines, case.checks)
         del self.cases[case.id]
         self.incidents[case.id] = incident_of(case, closed_at=max(case.recovered_at or self.now, case.opened_at))
 
@@ -449,7 +448,7 @@ class _Round:
         remind = min(self.ruling(watch.check).remind_seconds for watch in loud)
         judged = any(watch.judged_at == self.now for watch in loud if not is_within(watch.check, EVENT))
         if judged and self.passed(case.told_at, remind):
-            self._remind(case, loud, failing)
+            self._remind(case, loud, failing, severity)
 
     def _is_loud(self, watch: Watch) -> bool:
         """Whether it is to be told: nothing explains it, or has just done so, and nothing holds it back."""
@@ -466,7 +465,7 @@ class _Round:
     def _open(self, case: Case, loud: list[Watch], failing: list[Watch], severity: Severity) -> None:
         case = replace(case, severity=severity, title=title(loud), checks=_main_first(loud, case.checks))
         lines = [f"Since {moment(case.opened_at)}.", *self._lines(loud, failing)]
-        self._notice(case, "opened", "opened", case.title, lines, self._about(loud, failing))
+        self._notice(case, "opened", "opened", severity, case.title, lines, self._about(loud, failing))
         self._told(replace(case, told_at=self.now, due=None), loud)
 
     def _escalate(
@@ -484,14 +483,16 @@ class _Round:
             *self._lines(first, failing),
             *back(case),
         ]
-        self._notice(case, "escalated", f"escalated:{number}", title(first), lines, self._about(first, failing))
+        self._notice(
+            case, "escalated", f"escalated:{number}", severity, title(first), lines, self._about(first, failing)
+        )
         self._told(replace(case, told_at=self.now, due=None), loud)
 
-    def _remind(self, case: Case, loud: list[Watch], failing: list[Watch]) -> None:
+    def _remind(self, case: Case, loud: list[Watch], failing: list[Watch], severity: Severity) -> None:
         number = case.reminders + 1
         lasted = duration((self.now - case.opened_at).total_seconds())
         lines = [f"It lasts for {lasted}, since {moment(case.opened_at)}.", *self._lines(loud, failing), *back(case)]
-        self._notice(case, "reminder", f"reminder:{number}", title(loud), lines, self._about(loud, failing))
+        self._notice(case, "reminder", f"reminder:{number}", severity, title(loud), lines, self._about(loud, failing))
         self._told(replace(case, reminders=number, told_at=self.now), loud)
 
     def _told(self, case: Case, loud: list[Watch]) -> None:
@@ -527,13 +528,21 @@ class _Round:
         return lines
 
     def _notice(
-        self, case: Case, kind: Kind, suffix: str, title: str, lines: Sequence[str], checks: tuple[str, ...]
+        self,
+        case: Case,
+        kind: Kind,
+        suffix: str,
+        severity: Severity,
+        title: str,
+        lines: Sequence[str],
+        checks: tuple[str, ...],
     ) -> None:
+        """``severity`` is that of now; of what is over, the worst that it has been."""
         self.notices.append(
             Notice(
                 id=f"{case.id}:{suffix}",
                 kind=kind,
-                severity=case.severity,
+                severity=severity,
                 title=title,
                 lines=tuple(lines),
                 at=self.now,

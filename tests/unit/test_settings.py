@@ -197,16 +197,27 @@ def test_the_examples_of_the_page_about_alerts_can_be_used() -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["me@host:/srv", "me@10.0.0.1:/srv", "me@[fe80::1]:/srv", "me@host:2222:/srv", "/srv/b@ck:up", "backups"]
+    "target",
+    [
+        "me@host:/srv",
+        "me@10.0.0.1:/srv",
+        "me@[fe80::1]:/srv",
+        "me@host:2222:/srv",
+        "host:/srv",
+        "/srv/b@ck:up",
+        "backups",
+    ],
 )
 def test_a_backup_goes_to_a_host_or_a_folder(target: str) -> None:
     assert load(None, {"MT5_BACKUP_TARGET": target}).backup.target == target
 
 
-@pytest.mark.parametrize("target", ["me@host", "me@host:srv", "host:/srv", "ssh://host/srv", "me@:/srv", "@host:/srv"])
+@pytest.mark.parametrize(
+    "target", ["me@host", "me@host:srv", "me@host:70000:/srv", "ssh://host/srv", "me@:/srv", "@host:/srv"]
+)
 def test_another_target_is_refused(target: str) -> None:
     assert problems(MT5_BACKUP_TARGET=target) == (
-        f'backup.target must be user@host:/folder or a local folder, not "{target}".',
+        f'backup.target must be user@host:/folder, user@host:port:/folder or a local folder, not "{target}".',
     )
 
 
