@@ -46,8 +46,9 @@ class _Subject:
 
 
 _headers = HeaderRegistry()
-_headers.map_to_type("subject", _Subject)
-_headers.map_to_type("references", MessageIDHeader)  # as text a long one would be encoded
+# The registry mixes its BaseHeader into what it is given, which typeshed does not know.
+_headers.map_to_type("subject", _Subject)  # type: ignore[arg-type]
+_headers.map_to_type("references", MessageIDHeader)  # type: ignore[arg-type]  # as text a long one would be encoded
 POLICY: Final = SMTP.clone(max_line_length=LINE, header_factory=_headers)
 
 

@@ -143,10 +143,10 @@ class Outbox:
         return sum(self._waiting().values())
 
     def oldest(self) -> float | None:
-        """When the oldest of those was queued, in epoch seconds."""
+        """When the oldest that a closed way holds back was queued, in epoch seconds; what was refused itself is no sign of one."""
         names = list(self._senders)
         (found,) = self._connection.execute(
-            f"SELECT min(queued_at) FROM outbox WHERE sent_at IS NULL AND sender IN ({_marks(names)})",  # noqa: S608
+            f"SELECT min(queued_at) FROM outbox WHERE sent_at IS NULL AND refused = 0 AND sender IN ({_marks(names)})",  # noqa: S608
             names,
         ).fetchone()
         return None if found is None else float(found)
@@ -186,13 +186,10 @@ class Outbox:
                 pass
 
     async def _deliver(self, name: str, clock: Callable[[], float], *, patient: bool = False) -> None:
-        """Sends what is due in order; stops at the first that fails since the way is closed."""
+        """Sends what is due in order. One that fails since the way is closed is due later, and stands before the others."""
         async with self._locks[name]:  # a second caller would send the same row again
             while not self._stopping and (row := self._next(name, clock())) is not None:
-                sql, values, goes_on = await self._try(name, row, clock)
-                await self._note(sql, values, patient=patient)
-                if not goes_on:
-                    break
+                await self._note(*await self._try(name, row, clock), patient=patient)
             for sender, count in self._waiting().items():
                 outbox_gauge.set(count, sender=sender)
 
@@ -211,8 +208,8 @@ class Outbox:
         ).fetchone()
         return None if found is None else Waiting(*found)
 
-    async def _try(self, name: str, row: Waiting, clock: Callable[[], float]) -> tuple[str, tuple[Any, ...], bool]:
-        """Sends one; returns what to note of it, and whether the next one may be tried."""
+    async def _try(self, name: str, row: Waiting, clock: Callable[[], float]) -> tuple[str, tuple[Any, ...]]:
+        """Sends one; returns the statement, with its values, that notes what came of it."""
         attempts = row.attempts + 1
         try:
             notice = msgspec.json.decode(row.body, type=Notice)
@@ -236,7 +233,6 @@ class Outbox:
             return (
                 "UPDATE outbox SET sent_at = ?, attempts = ?, error = ?, body = ? WHERE notice = ? AND sender = ?",
                 (clock(), attempts, (remark or "")[:ERROR_LENGTH], kept, row.notice, name),
-                True,
             )
         pause = pause_after(attempts)
         if failure.permanent:
@@ -257,7 +253,6 @@ class Outbox:
         return (
             "UPDATE outbox SET attempts = ?, next_at = ?, refused = ?, error = ? WHERE notice = ? AND sender = ?",
             (attempts, clock() + pause, failure.permanent, str(failure)[:ERROR_LENGTH], row.notice, name),
-            failure.permanent,
         )
 
     async def _note(self, sql: str, values: tuple[Any, ...], *, patient: bool) -> None:

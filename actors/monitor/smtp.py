@@ -64,6 +64,10 @@ class SmtpSender:
         wanted = [one.addr_spec for one in self._recipients if one.addr_spec not in taken]
         try:
             refused = await self._transfer(wanted, message)
+        except aiosmtplib.SMTPRecipientsRefused as error:
+            if not taken:
+                raise _failed(error, self._settings) from error
+            refused = {one.recipient: aiosmtplib.SMTPResponse(one.code, one.message) for one in error.recipients}
         except (aiosmtplib.SMTPException, OSError) as error:
             raise _failed(error, self._settings) from error
         for_now = [who for who, answer in refused.items() if answer.code < 500]

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -185,31 +185,53 @@ async def test_only_a_refusal_of_the_mail_itself_is_permanent(
     assert len(box.received) == 1
 
 
+def putting_off(**answers: str) -> Callable[[str, str], str | None]:
+    """Answers RCPT by the recipient's name."""
+    return lambda at, who: answers.get(who.partition("@")[0]) if at == "RCPT" else None
+
+
 async def test_who_was_put_off_gets_it_later_and_nobody_gets_it_twice() -> None:
     with mail_server() as box:
-        sender = post_office(box.port)
-        box.hook = lambda at, who: "450 greylisted" if (at, who) == ("RCPT", "night@example.org") else None
-        assert not (await refusal(sender)).permanent
-        assert "puts off night@example.org: 450 greylisted" in str(await refusal_of_the_rest(sender))
-        box.hook = lambda at, who: None
+        sender = post_office(box.port, recipients=("a@example.org", "b@example.org", "c@example.org"))
+        for hook, says in (
+            (putting_off(b="450 greylisted", c="451 busy"), "puts off b@example.org, c@example.org: 450 greylisted"),
+            (putting_off(c="451 busy"), "puts off c@example.org: 451 busy"),
+            (putting_off(c="452 full"), "puts off c@example.org: 452 full"),
+        ):
+            box.hook = hook
+            failure = await refusal(sender)
+            assert not failure.permanent
+            assert says in str(failure)
+        box.hook = putting_off()
         assert await sender.send(ALERT) is None
         assert await sender.send(REPORT) is None
     assert [one.recipients for one in box.received] == [
+        ("a@example.org",),
+        ("b@example.org",),
+        ("c@example.org",),
+        ("a@example.org", "b@example.org", "c@example.org"),
+    ]
+    assert len({one.mail["Message-ID"] for one in box.received}) == 2
+
+
+async def test_who_is_put_off_and_then_refused_keeps_nobody_waiting() -> None:
+    with mail_server() as box:
+        sender = post_office(box.port)
+        box.hook = putting_off(night="450 greylisted")
+        await refusal(sender)
+        box.hook = putting_off(night="550 no such user")
+        assert "refuses night@example.org: 550 no such user" in str(await sender.send(ALERT))
+        box.hook = putting_off()
+        assert await sender.send(REPORT) is None
+    assert [one.recipients for one in box.received] == [
         ("owner@example.org",),
-        ("night@example.org",),
         ("owner@example.org", "night@example.org"),
     ]
 
 
-async def refusal_of_the_rest(sender: Sender) -> str:
-    """The second try is for one recipient only, whom the server puts off again: that is every recipient."""
-    failure = await refusal(sender)
-    return str(failure).replace("refuses every recipient: night@example.org:", "puts off night@example.org:")
-
-
 async def test_a_recipient_that_does_not_exist_is_told_of_and_keeps_nobody_from_the_mail() -> None:
     with mail_server() as box:
-        box.hook = lambda at, who: "550 no such user" if (at, who) == ("RCPT", "night@example.org") else None
+        box.hook = putting_off(night="550 no such user")
         remark = await post_office(box.port).send(ALERT)
     assert remark is not None
     assert "refuses night@example.org: 550 no such user" in remark

@@ -1,6 +1,6 @@
 """kill -9 of the monitor around a send: nothing is lost, and what had to be sent again carries the same Message-ID.
 
-A real SMTP server kills the process at the point that the seed has drawn: within the dialogue, after the mail is kept and
+A real SMTP server kills the process at the points that the seed has drawn: within the dialogue, after the mail is kept and
 before the process can know of it, just after it could, or at any moment. Then the process is started again, until all is told.
 """
 
@@ -10,6 +10,7 @@ import contextlib
 import os
 import random
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,14 +25,15 @@ import pytest
 from actors.core.mail import message_id
 from actors.core.wording import body, headline
 from tests.mailbox import Mailbox, mail_server
-from tests.outbox_process import database, notice
+from tests.outbox_process import database, news
 from tests.servers import ROOT
 
 NOTICES = 4
 KILLS = 3
 SEEDS = 100
-SHARE = 25  # of one test
+SHARE = 10  # of one test
 STAGES = ("EHLO", "MAIL", "RCPT", "DATA", "KEPT", "REPLIED", "moment", "queued", "committed")
+CERTAIN = set(STAGES) - {"REPLIED", "moment"}  # at those two the process may have ended before the signal comes
 LIFE_SECONDS = 30.0
 
 
@@ -84,10 +86,10 @@ def zygote() -> Iterator[Zygote]:
 class Killer:
     """Kills the worker when the server has come to the drawn stage the drawn number of times, or at a drawn moment."""
 
-    def __init__(self, box: Mailbox, chance: random.Random) -> None:
+    def __init__(self, box: Mailbox, stage: str, chance: random.Random) -> None:
         self.hit: int | None = None  # how many mails the server had when it killed
         self._box = box
-        self._stage = chance.choice(STAGES)
+        self._stage = stage
         self._countdown = chance.randrange(1, NOTICES + 1)
         self._delay = chance.uniform(0.0, 0.06)
         self._pid: int | None = None
@@ -131,7 +133,7 @@ def tell_everything(folder: Path, seed: int, zygote: Zygote) -> Counter[str]:
     kills: Counter[str] = Counter()
     with mail_server() as box:
         for life in range(KILLS + 1):
-            killer = Killer(box, chance)
+            killer = Killer(box, STAGES[(seed + 4 * life) % len(STAGES)], chance)
             if life == KILLS:
                 box.hook = lambda stage, argument: None
                 killer.crash = "never"
@@ -152,7 +154,8 @@ def tell_everything(folder: Path, seed: int, zygote: Zygote) -> Counter[str]:
     for index, received in enumerate(box.received):
         mail = received.mail
         sent[str(mail["Subject"])].append((index, str(mail["Message-ID"]), mail.get_content().replace("\r\n", "\n")))
-    expected = [notice(number) for number in range(NOTICES)]
+    expected = news(NOTICES)
+    assert [one.kind for one in expected] == ["opened", "closed"] * (NOTICES // 2)
     assert sorted(sent) == sorted(headline(one) for one in expected), "lost, or nobody's"
     for one in expected:
         copies = sent[headline(one)]
@@ -165,9 +168,11 @@ def tell_everything(folder: Path, seed: int, zygote: Zygote) -> Counter[str]:
     assert again.issuperset(twice), "nobody could know that these were taken: they must have come again"
     with closing(database(folder)) as connection:
         rows = connection.execute("SELECT notice, sent_at IS NOT NULL FROM outbox ORDER BY rowid").fetchall()
-        incidents = connection.execute("SELECT incident || ':opened' FROM incidents ORDER BY rowid").fetchall()
+        incidents = connection.execute(
+            "SELECT incident, closed_at IS NOT NULL FROM incidents ORDER BY opened_at"
+        ).fetchall()
     assert rows == [(one.id, 1) for one in expected]
-    assert incidents == [(one.id,) for one in expected]
+    assert incidents == [(one.incident, 1) for one in expected[::2]], "an incident and its notices are one transaction"
     return kills
 
 
@@ -182,7 +187,8 @@ def test_kill_9_around_a_send_loses_nothing_in_a_hundred_seeds(tmp_path: Path, f
         except AssertionError as error:
             error.add_note(f"seed {seed}")
             raise
-    assert set(kills) == set(STAGES), f"some points were never hit: {kills}"
+        shutil.rmtree(folder)
+    assert set(kills) >= CERTAIN, f"some points were never hit: {kills}"
 
 
 @pytest.mark.parametrize("stage", ["RCPT", "KEPT"])
@@ -208,5 +214,5 @@ def test_a_mail_is_sent_again_if_nobody_knows_whether_it_was_taken(tmp_path: Pat
     ids = [str(one.mail["Message-ID"]) for one in box.received]
     assert len(set(ids)) == NOTICES
     assert len(ids) == NOTICES + (stage == "KEPT")
-    assert ids[0] == message_id(notice(0).id, "example.org")
+    assert ids[0] == message_id(news(1)[0].id, "example.org")
     assert (ids[1] == ids[0]) == (stage == "KEPT")

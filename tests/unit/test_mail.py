@@ -175,6 +175,7 @@ def test_nothing_of_a_notice_makes_a_header_a_part_or_a_recipient(told: Notice) 
     kinds = [part.get_content_type() for part in mail.walk() if not part.is_multipart()]
     assert kinds == ["text/plain", *["text/html"] * bool(told.html), *["image/png"] * len(told.pictures)]
     assert text_of(mail) == body(told)
+    assert not set(body(told)) & set("\r\0\x0b\x0c\x1b\x85\u2028\u2029\u202e\ud800")
     if told.html:
         expected = told.html.encode("utf-8", "replace").decode()
         assert _unbroken(text_of(mail, "html")) == _unbroken(expected)
