@@ -7,15 +7,19 @@ would call a loss, had the feed come back just now, is a stale feed.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Final, Literal
 
-from actors.core.gaps import classify
+from actors.core.gaps import Gap, classify
+from actors.core.holidays import is_closed_day, is_short_day
 from actors.core.sessions import DAY, HOUR, Calendar
 from actors.core.timeframe import bar_end
 
 State = Literal["fresh", "closed", "quiet", "stale", "ended"]
 
 ENDED: Final = 14 * DAY  # of silence, after which a series is no longer traded or has another name
+HOLIDAY: Final = "holiday "  # how actors/core/gaps.py names them
+NEAR: Final = timedelta(hours=3)  # a closed day's own clock may differ from ours by this much
 LIVE: Final = HOUR  # a bar that came within this time of its end came live, and not from a file
 
 
@@ -59,10 +63,27 @@ def freshness(calendar: Calendar, head: int, now: float, patience: float) -> Fre
     else:
         before = head + int(limit - head) // step * step
     gaps = classify(calendar, head, before)
-    missing = sum(gap.count for gap in gaps if gap.kind != "closed session")
+    shut = [_is_shut(gap) for gap in gaps]
+    missing = sum(gap.count for gap, is_shut in zip(gaps, shut, strict=True) if not is_shut)
     overdue = float(missing * step)
-    if any(gap.kind == "transport loss" for gap in gaps):
+    if any(gap.kind != "no tick" and not is_shut for gap, is_shut in zip(gaps, shut, strict=True)):
         return Freshness("stale", overdue, missing)
-    if gaps and gaps[-1].kind == "closed session":
+    if gaps and shut[-1]:
         return Freshness("closed", overdue, missing, gaps[-1].name or "closed session")
     return Freshness("quiet", overdue, missing)
+
+
+def _is_shut(gap: Gap) -> bool:
+    """Whether nothing was to come. A session that is missing whole passes for a holiday afterwards: here it must be a
+    known one, or a feed that dies for a day would be well again at the day's end.
+    """
+    if gap.kind != "closed session":
+        return False
+    if gap.name is None or not gap.name.startswith(HOLIDAY):
+        return True
+    day, last = gap.from_ - NEAR, gap.to + NEAR
+    while day <= last:
+        if is_closed_day(day) or is_short_day(day):
+            return True
+        day = min(day + timedelta(days=1), last) if day < last else last + NEAR
+    return False

@@ -34,7 +34,9 @@ pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
 SENDER, PERSON = "MT5 <mt5@example.org>", "owner@example.org"
 RUNNER = "actions.runner.acme-mt5.box"
-OPENS = 60.0  # seconds for an alert to arrive: two failures of a second each and the wait, beside what else runs here
+OPENS = (
+    60.0  # seconds for an alert to arrive: two failures and the wait for what fails with it, beside what else runs here
+)
 DISK_BYTES = 8 * 1024**2
 
 SYSTEMCTL = """#!/bin/sh
@@ -145,11 +147,11 @@ def scene(make: Make, disk: Path | None, tmp_path_factory: pytest.TempPathFactor
             system = make(
                 PATH=f"{systemctl.parent}{os.pathsep}{os.environ['PATH']}",
                 MT5_DATABASE_URL=postgres.url,
-                MT5_HEALTH_INTERVAL_SECONDS="1",
+                MT5_HEALTH_INTERVAL_SECONDS="0.5",
                 MT5_HEALTH_TIMEOUT_SECONDS="6",
                 MT5_HEALTH_STALE_SECONDS="30",
                 MT5_HEALTH_DISKS=str(disk or ""),
-                MT5_ALERTS_GROUP_SECONDS="2",
+                MT5_ALERTS_GROUP_SECONDS="1",
                 MT5_NOTIFY_SMTP_HOST="127.0.0.1",
                 MT5_NOTIFY_SMTP_PORT=str(mailbox.port),
                 MT5_NOTIFY_SMTP_SECURITY="none",
