@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import shutil
 import signal
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
@@ -22,8 +23,8 @@ from actors.vault.check import Damaged, check_files
 from actors.vault.crypt import CannotDecrypt, KeyUnusable, identities, unseal
 from actors.vault.drill import Drill, Proof, rpo
 from actors.vault.dump import DumpFailed, direct_connection
-from actors.vault.files import CONFIGURATION, HOME, KEPT, SETTINGS_FILE
-from actors.vault.make import folder_of
+from actors.vault.files import CONFIGURATION, HOME, KEPT, SETTINGS_FILE, SIDES
+from actors.vault.make import SPARE_BYTES, folder_of
 from actors.vault.places import LocalPlace, PlaceFailed, open_place
 from actors.vault.restore import NotRestored, differences, restore_database
 from actors.vault.threads import in_thread
@@ -54,6 +55,10 @@ ASIDE: Final = "restored"  # under MT5_HOME: what has no place of its own, as th
 SAMPLE: Final = 100  # signals that a drill makes again
 PATIENCE: Final = 10.0  # seconds for a connection to a server that has just started
 CHECKPOINT_SECONDS: Final = 600.0
+DUMP_GROWS: Final = (
+    8  # a compressed dump becomes tables, their indexes and the write-ahead log: five times were measured
+)
+REST_GROWS: Final = 3
 
 
 # --- verify --------------------------------------------------------------------------------------------------------
@@ -69,7 +74,7 @@ async def _verify(args: argparse.Namespace) -> int:
     with showing() as tell, _scratch(loaded.home) as scratch:
         found = await _located(loaded, args.backup, scratch, tell)
         proof = await prove(loaded, found, scratch, tell, quick=args.quick)
-        if proof.ok and not args.quick and not proof.unproved:
+        if proof.ok and not args.quick:
             await _mark(loaded, found)
     if not args.quick or not proof.ok:
         await _announce(
@@ -234,7 +239,9 @@ async def _restore_into(args: argparse.Namespace) -> int:
 
 def _refuse_used(home: Path, *, nats: bool, postgres: bool) -> None:
     """A restore adds to nothing and replaces nothing."""
-    for name in (*(("nats",) if nats else ()), *(("postgres",) if postgres else ()), *KEPT):
+    # An SQLite log without its database would be taken for the log of the one that is restored.
+    sides = [f"{name}{side}" for name in KEPT if name.endswith(".db") for side in SIDES]
+    for name in (*(("nats",) if nats else ()), *(("postgres",) if postgres else ()), *KEPT, *sides):
         place = home / name
         if name != LOGS and os.path.lexists(place) and not (place.is_dir() and not any(place.iterdir())):
             raise CommandError(
@@ -466,17 +473,25 @@ async def _located(loaded: Loaded, named: str, scratch: Path, tell: Tell, *, rem
         return Found(folder.name, folder, "home" if folder.parent == folder_of(loaded.home) else "elsewhere")
     local = LocalPlace(folder_of(loaded.home))
     try:
-        async with open_place(loaded.settings.backup) as target:
-            here = await local.names() if target is None or not remote else set()
-            there = await target.names() if target is not None and named not in here else set()
-            name = max(here | there, default="") if named == LATEST else named
-            if name in here:
-                return Found(name, local.root / name, "home")
-            if target is not None and name in there:
-                return Found(name, await target.fetch(name, scratch / "fetched", tell), "target")
-            places = local.title if target is None else f"{local.title} or {target.title}"
+        here = set() if remote and loaded.settings.backup.target is not None else await local.names()
+        if named in here:
+            return Found(named, local.root / named, "home")
+        try:
+            async with open_place(loaded.settings.backup) as target:
+                there = set() if target is None else await target.names()
+                name = max(here | there, default="") if named == LATEST else named
+                if target is not None and name in there - here:
+                    return Found(name, await target.fetch(name, scratch / "fetched", tell), "target")
+                places = local.title if target is None else f"{local.title} or {target.title}"
+        except PlaceFailed as error:
+            if named != LATEST or not here:
+                raise
+            name, places = max(here), local.title
+            complain(f"{error} The newest one of {places} is taken.")
     except PlaceFailed as error:
         raise CommandError(str(error)) from error
+    if name in here:
+        return Found(name, local.root / name, "home")
     raise CommandError(
         f"There is no backup {name or 'yet'} in {places}: `mt5 backup list` shows those that are, `mt5 backup run` makes one."
     )
@@ -504,10 +519,25 @@ async def _checked(folder: Path, tell: Tell) -> BackupManifest:
     )
 
 
+def _check_room(place: Path, manifest: BackupManifest) -> None:
+    """Refuses, before anything is written, what would fill the disk that JetStream and PostgreSQL may live on."""
+    dump = sum(entry.size for entry in manifest.files if entry.path == DUMP)
+    rest = total_bytes(manifest.files) - dump
+    plain = dump + rest if manifest.encrypted is not None else 0
+    need = DUMP_GROWS * dump + REST_GROWS * rest + plain
+    free = shutil.disk_usage(place).free
+    if free < need + SPARE_BYTES:
+        raise CommandError(
+            f"{manifest.name} may need {need / 1e9:.1f} GB when it is opened, and of {free / 1e9:.1f} GB free in {place} "
+            f"{SPARE_BYTES / 1e9:.1f} must stay so: make room, or set MT5_HOME to another disk."
+        )
+
+
 async def _opened(
     loaded: Loaded, folder: Path, manifest: BackupManifest, scratch: Path, tell: Tell
 ) -> tuple[Path, BackupManifest]:
-    """The backup decrypted, where it is encrypted. Raises CommandError without its key."""
+    """The backup decrypted, where it is encrypted. Raises CommandError without its key, or without room."""
+    _check_room(scratch, manifest)
     if manifest.encrypted is None:
         return folder, manifest
     identity = loaded.settings.backup.identity

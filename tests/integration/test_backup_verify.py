@@ -27,11 +27,13 @@ from actors.vault.crypt import seal
 from actors.vault.files import file_entry
 from actors.vault.make import make, silent, the_only_one, write_manifest
 from actors.vault.restore import NotRestored
-from actors.vault.unpack import BadArchive, unpack
+from actors.vault.unpack import BadArchive, return_data, unpack
 from actors.vault.whole import bring_back
 from bus import topology
 from bus.client import Bus
 from bus.migrate import migrate
+from commands.backup_restore import _check_room
+from commands.output import CommandError
 from deploy.embedded import NatsServer, PostgresServer
 from deploy.process import DeployError
 from schema.backup import DUMP, FILES, MANIFEST, STREAMS, BackupManifest
@@ -470,3 +472,29 @@ def test_what_is_unpacked_is_private_and_whole(made: Made, tmp_path: Path) -> No
         (tmp_path / "cut").write_bytes(data[:cut])
         with pytest.raises(BadArchive):
             unpack(tmp_path / "cut", tmp_path / f"target{cut}")
+
+
+def test_data_of_other_programs_goes_back_only_where_nothing_is(tmp_path: Path) -> None:
+    unpacked = tmp_path / "unpacked"
+    places = [tmp_path / name for name in ("gone", "empty", "used", "never")]
+    for number, place in enumerate(places[:3]):
+        (unpacked / "data" / str(number)).mkdir(parents=True)
+        (unpacked / "data" / str(number) / "file").write_text(place.name)
+    (unpacked / "data" / "places.json").write_text(json.dumps([str(place) for place in places]))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").write_text("since")
+    assert return_data(unpacked) == [
+        (str(tmp_path / "gone"), tmp_path / "gone", ""),
+        (str(tmp_path / "empty"), tmp_path / "empty", ""),
+        (str(tmp_path / "used"), unpacked / "data" / "2", "there is something already"),
+        (str(tmp_path / "never"), None, "it was not there when the backup was made"),
+    ]
+    assert [(place / "file").read_text() for place in places[:3]] == ["gone", "empty", "since"]
+
+
+def test_a_disk_without_room_is_not_filled(made: Made, tmp_path: Path) -> None:
+    entries = tuple(msgspec.structs.replace(entry, size=10**15) for entry in made.manifest.files)
+    with pytest.raises(CommandError, match="make room"):
+        _check_room(tmp_path, msgspec.structs.replace(made.manifest, files=entries))
+    _check_room(tmp_path, made.manifest)
