@@ -176,7 +176,7 @@ async def _restore(args: argparse.Namespace) -> int:
             notes = [
                 *restored.notes,
                 *_left_out(manifest),
-                *await asyncio.to_thread(_move_in, scratch, home.path, loaded),
+                *await asyncio.to_thread(_move_in, scratch, home.path, loaded, outside=True),
             ]
     seconds = time.monotonic() - started
     if args.json:
@@ -259,11 +259,14 @@ def _refuse_newer(manifest: BackupManifest) -> None:
         )
 
 
-def _move_in(scratch: Path, home: Path, loaded: Loaded) -> list[str]:
-    """Renames what was restored into the home, servers last; blocking. Returns sentences for the person."""
+def _move_in(scratch: Path, home: Path, loaded: Loaded, *, outside: bool) -> list[str]:
+    """Renames what was restored into the home, servers last; blocking. Returns sentences for the person.
+
+    ``outside``: the data of other programs goes back to where it was, beyond the home.
+    """
     os.sync()  # nats-server and the unpacking have not waited for the disk
     files = scratch / FILES
-    notes = _return_data(files, home)
+    notes = _return_data(files, home) if outside else []
     for place in sorted((files / HOME).iterdir()) if (files / HOME).is_dir() else []:
         if place.name == LOGS:
             (home / LOGS).mkdir(mode=0o700, exist_ok=True)
@@ -392,7 +395,7 @@ async def practise(loaded: Loaded, at: Path | None, tell: Tell) -> Drill:
                 missing = ours.missing
             restored.seconds = {"fetch": round(fetched, 3), "hashes": round(checked, 3), **restored.seconds}
             if at is not None:
-                await asyncio.to_thread(_move_in, scratch, at, loaded)
+                await asyncio.to_thread(_move_in, scratch, at, loaded, outside=False)
         except Damaged as error:
             problem = f"{error}."
         except NotRestored as error:

@@ -155,10 +155,14 @@ def test_a_lost_machine_comes_back_from_its_backup_and_goes_on(make: Make, tmp_p
 
     # A backup, shipped; then proved and drilled from where it was shipped to, beside the running system.
     made = answer(system, "backup", "run")
+    (grafana / "grafana.db").write_bytes(b"changed since")
     name = made["backup"]
     manifest = msgspec.json.decode((target / name / MANIFEST).read_bytes(), type=BackupManifest)
     assert {t.name: t.rows for t in manifest.tables}["market_data"] >= len(SYMBOLS) * BEFORE
-    drilled = answer(system, "backup", "drill")
+    practice = tmp_path / "practice"
+    drilled = answer(system, "backup", "drill", "--home", str(practice))
+    assert {"keys", "nats", "postgres"} <= {path.name for path in practice.iterdir()}
+    assert (grafana / "grafana.db").read_bytes() == b"changed since"
     assert (drilled["ok"], drilled["backup"], drilled["signals"]) == (True, name, 100), drilled
     assert drilled["rto_seconds"] >= sum(drilled["parts"].values()) > 0
     assert 0 <= drilled["rpo_seconds"] < 600
