@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
@@ -36,6 +37,9 @@ CHUNK: Final = 128 * 1024
 ANSWER_SECONDS: Final = 30.0  # until a snapshot begins: the server syncs the stream's files first
 SILENT_SECONDS: Final = 30.0  # without a chunk: it will not come any more
 LIST_SECONDS: Final = 5.0
+# What is read faster makes others wait: at full speed an acknowledged publish took ten times as long meanwhile, at this
+# one it takes hardly longer than ever.
+BYTES_A_SECOND: Final = 20_000_000
 QUEUE: Final = 1_024  # chunks that wait to be written; the server's window is smaller
 
 # Effects before causes, and CANDLES, of which all is made, after all that is made of it: whatever a snapshot holds, a later
@@ -125,6 +129,7 @@ async def _receive(
     bus: Bus, stream: str, chunks: asyncio.Queue[Msg], file: BinaryIO, grown: Callable[[int], None]
 ) -> None:
     size = 0
+    started = time.monotonic()
     while True:
         async with asyncio.timeout(SILENT_SECONDS):
             message = await chunks.get()
@@ -139,6 +144,8 @@ async def _receive(
         size += len(message.data)
         grown(size)
         if message.reply:
+            if (ahead := size / BYTES_A_SECOND - (time.monotonic() - started)) > 0:
+                await asyncio.sleep(ahead)
             await bus.nc.publish(message.reply)
 
 

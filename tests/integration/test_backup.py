@@ -20,6 +20,7 @@ from typing import Any
 
 import asyncpg
 import msgspec
+import psutil
 import pyrage
 import pytest
 import structlog
@@ -27,6 +28,7 @@ from msgspec.structs import replace
 
 from actors.core.backups import Step, compare
 from actors.vault import crypt, files, snapshots
+from actors.vault import make as maker
 from actors.vault.dump import libpq_environment, table_entries
 from actors.vault.make import (
     BackupBusy,
@@ -262,6 +264,18 @@ async def test_a_cancelled_backup_leaves_nothing_and_no_program(
     making.cancel()
     with pytest.raises(asyncio.CancelledError):
         await making
+    assert {path.name for path in folder_of(home).iterdir()} == {".lock"}
+    assert not [one for one in psutil.process_iter(["cmdline"]) if str(home) in " ".join(one.info["cmdline"] or ())]
+
+
+async def test_a_disk_without_room_is_told_before_anything_is_written(
+    home: Path, settings: Settings, bus: Bus, pg_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(maker, "SPARE_BYTES", 10**18)
+    with pytest.raises(
+        BackupFailed, match=r"^No backup was made: it may need \d\.\d GB, and of .* GB free .* must stay so"
+    ):
+        await made(home, settings, bus, pg_url)
     assert {path.name for path in folder_of(home).iterdir()} == {".lock"}
 
 
