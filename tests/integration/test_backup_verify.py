@@ -32,7 +32,7 @@ from actors.vault.whole import bring_back
 from bus import topology
 from bus.client import Bus
 from bus.migrate import migrate
-from commands.backup_restore import _check_room
+from commands.backup_open import check_room
 from commands.output import CommandError
 from deploy.embedded import NatsServer, PostgresServer
 from deploy.process import DeployError
@@ -496,5 +496,5 @@ def test_data_of_other_programs_goes_back_only_where_nothing_is(tmp_path: Path) 
 def test_a_disk_without_room_is_not_filled(made: Made, tmp_path: Path) -> None:
     entries = tuple(msgspec.structs.replace(entry, size=10**15) for entry in made.manifest.files)
     with pytest.raises(CommandError, match="make room"):
-        _check_room(tmp_path, msgspec.structs.replace(made.manifest, files=entries))
-    _check_room(tmp_path, made.manifest)
+        check_room(tmp_path, msgspec.structs.replace(made.manifest, files=entries))
+    check_room(tmp_path, made.manifest)
