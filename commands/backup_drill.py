@@ -21,18 +21,6 @@ from actors.vault.files import HOME
 from actors.vault.restore import NotRestored
 from actors.vault.whole import Restored, Tell
 from commands.backup import showing
-from commands.output import DONE, NO, CommandError, say, write_json
-from commands.places import CLIENT
-from commands.scratch import Servers, servers
-from commands.settings import Loaded, read
-from commands.vault import postgres_bins
-from deploy.home import Home
-from schema.backup import BackupManifest
-from schema.messages import BackupEvent
-
-if TYPE_CHECKING:
-    from bus.client import Bus
-
 from commands.backup_open import (
     FILES,
     LATEST,
@@ -50,6 +38,17 @@ from commands.backup_open import (
     told,
 )
 from commands.backup_restore import move_in, refuse_used
+from commands.output import DONE, NO, CommandError, say, write_json
+from commands.places import CLIENT
+from commands.scratch import Servers, servers
+from commands.settings import Loaded, read
+from commands.vault import postgres_bins
+from deploy.home import Home
+from schema.backup import BackupManifest
+from schema.messages import BackupEvent
+
+if TYPE_CHECKING:
+    from bus.client import Bus
 
 SAMPLE: Final = 100  # signals that a drill makes again
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from bus import topology
 from bus.client import Bus
 from bus.migrate import migrate
 from commands.backup_open import check_room
+from commands.backup_restore import refuse_used
 from commands.output import CommandError
 from deploy.embedded import NatsServer, PostgresServer
 from deploy.process import DeployError
@@ -304,7 +306,7 @@ def test_an_encrypted_backup_is_proved_with_its_key_only(made: Made, tmp_path: P
     file = tmp_path / "key.txt"
     file.write_text(str(key))
     file.chmod(0o600)
-    assert mt5(made.home, "backup", "verify", str(sealed), "--quick").returncode == 0
+    assert problems(sealed) == {}
     without = mt5(made.home, "backup", "verify", str(sealed))
     assert without.returncode == 2
     assert "[backup] identity" in without.stderr
@@ -324,16 +326,23 @@ def sentence(done: subprocess.CompletedProcess[str], code: int = 1) -> str:
 
 
 def test_a_restore_refuses_what_is_not_empty_and_changes_nothing(made: Made, tmp_path: Path) -> None:
-    for name in ("nats", "keys"):
+    for name in ("nats", "postgres", "models", "keys", "jobs", "health_checks.db", "health_checks.db-wal"):
         home = tmp_path / name / "var"
         (home / name / "something").mkdir(parents=True)
-        said = sentence(mt5(home, "backup", "restore", str(made.folder)))
-        assert f"{home} is not empty (it has {name})" in said
-        assert {path.name for path in home.iterdir()} <= {name, "logs", "run", "lock"}
+        (home / "logs").mkdir()
+        (home / "logs" / "mt5.log").write_text("said")
+        with pytest.raises(CommandError, match=re.escape(f"{home} is not empty (it has {name})")):
+            refuse_used(home, nats=True, postgres=True)
+        (home / name / "something").rmdir()
+        refuse_used(home, nats=True, postgres=True)
+    home = tmp_path / "nats" / "var"
+    (home / "nats" / "something").mkdir()
+    said = sentence(mt5(home, "backup", "restore", str(made.folder)))
+    assert f"{home} is not empty (it has nats)" in said
+    assert {path.name for path in home.iterdir()} == {"nats", "logs", "run", "lock"}
     home = tmp_path / "new" / "var"
     home.mkdir(parents=True)
     assert "There is no backup yet in" in sentence(mt5(home, "backup", "restore", "latest"))
-    assert "There is no backup 2001-01-01 in" in sentence(mt5(home, "backup", "restore", "2001-01-01"))
     assert "There is no backup nowhere:" in sentence(mt5(home, "backup", "restore", "nowhere"))
 
 
