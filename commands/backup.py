@@ -1,4 +1,4 @@
-"""``backup run`` and ``backup list``; ``verify``, ``restore`` and ``drill`` are in commands/backup_restore.py."""
+"""``backup run`` and ``backup list``; ``verify``, ``restore`` and ``drill`` are in files of their own."""
 
 from __future__ import annotations
 
@@ -255,9 +255,9 @@ def size(count: int) -> str:
 
 async def verify(args: argparse.Namespace) -> int:
     """``backup verify ID``."""
-    from commands import backup_restore
+    from commands import backup_verify
 
-    return await backup_restore.verify(args)
+    return await backup_verify.verify(args)
 
 
 async def restore(args: argparse.Namespace) -> int:
@@ -269,6 +269,6 @@ async def restore(args: argparse.Namespace) -> int:
 
 async def drill(args: argparse.Namespace) -> int:
     """``backup drill``."""
-    from commands import backup_restore
+    from commands import backup_drill
 
-    return await backup_restore.drill(args)
+    return await backup_drill.drill(args)

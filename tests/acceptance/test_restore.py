@@ -135,7 +135,12 @@ def check_features(system: System, symbol: str) -> None:
 
 def test_a_lost_machine_comes_back_from_its_backup_and_goes_on(make: Make, tmp_path: Path) -> None:
     target = tmp_path / "elsewhere"
-    system = make(MT5_BACKUP_TARGET=str(target), MT5_FEATURES_SNAPSHOT_SECONDS="1")
+    grafana = tmp_path / "grafana"
+    grafana.mkdir()
+    (grafana / "grafana.db").write_bytes(b"dashboards")
+    system = make(MT5_BACKUP_TARGET=str(target), MT5_BACKUP_DATA=str(grafana), MT5_FEATURES_SNAPSHOT_SECONDS="1")
+    settings = system.folder / "mt5.toml"
+    settings.write_text('[symbols."WTI"]\nallow_non_positive = true\n')
     trust(system.home)
     system.start()
     version = plant_model(system)
@@ -150,10 +155,14 @@ def test_a_lost_machine_comes_back_from_its_backup_and_goes_on(make: Make, tmp_p
 
     # A backup, shipped; then proved and drilled from where it was shipped to, beside the running system.
     made = answer(system, "backup", "run")
+    (grafana / "grafana.db").write_bytes(b"changed since")
     name = made["backup"]
     manifest = msgspec.json.decode((target / name / MANIFEST).read_bytes(), type=BackupManifest)
     assert {t.name: t.rows for t in manifest.tables}["market_data"] >= len(SYMBOLS) * BEFORE
-    drilled = answer(system, "backup", "drill")
+    practice = tmp_path / "practice"
+    drilled = answer(system, "backup", "drill", "--home", str(practice))
+    assert {"keys", "nats", "postgres"} <= {path.name for path in practice.iterdir()}
+    assert (grafana / "grafana.db").read_bytes() == b"changed since"
     assert (drilled["ok"], drilled["backup"], drilled["signals"]) == (True, name, 100), drilled
     assert drilled["rto_seconds"] >= sum(drilled["parts"].values()) > 0
     assert 0 <= drilled["rpo_seconds"] < 600
@@ -169,12 +178,20 @@ def test_a_lost_machine_comes_back_from_its_backup_and_goes_on(make: Make, tmp_p
     assert "is in use by process" in refused.stderr
     system.kill()
     shutil.rmtree(system.home)
+    shutil.rmtree(grafana)
+    then = settings.read_text()
+    settings.unlink()
 
     restored = answer(system, "backup", "restore", "latest")
     assert restored["backup"] == name
     assert restored["rows"] == sum(table.rows for table in manifest.tables)
     assert set(restored["streams"]) == {stream.name for stream in manifest.streams}
     assert not (system.home / "scratch").exists()
+    assert (grafana / "grafana.db").read_bytes() == b"dashboards"
+    kept = system.home / "restored" / "mt5.toml"
+    assert kept.read_text() == then
+    assert any(f"copy {kept} to mt5.toml" in note for note in restored["notes"])
+    kept.rename(settings)
     again = system.mt5("backup", "restore", "latest")
     assert (again.returncode, len(again.stderr.splitlines())) == (1, 1), again.stderr
     assert "is not empty (it has nats)" in again.stderr
@@ -219,33 +236,3 @@ def test_a_lost_machine_comes_back_from_its_backup_and_goes_on(make: Make, tmp_p
     )
     assert [row["model_version"] for row in serving] == [version]
     assert system.stop() < 10
-
-
-def test_data_of_other_programs_and_settings_come_back_beside_the_database(make: Make, tmp_path: Path) -> None:
-    grafana = tmp_path / "grafana"
-    grafana.mkdir()
-    (grafana / "grafana.db").write_bytes(b"dashboards")
-    target = tmp_path / "elsewhere"
-    system = make(MT5_BACKUP_TARGET=str(target), MT5_BACKUP_DATA=str(grafana))
-    settings = system.folder / "mt5.toml"
-    settings.write_text('[symbols."WTI"]\nallow_non_positive = true\n')
-    system.start("up", "recorder")
-    answer(system, "backup", "run")
-    assert system.stop() < 10
-    (grafana / "grafana.db").write_bytes(b"changed since")
-    shutil.rmtree(system.home)
-    settings.unlink()
-    said = system.mt5("backup", "restore", "latest")
-    assert said.returncode == 0, said.stderr
-    kept = system.home / "restored"
-    assert (kept / "mt5.toml").read_text() == '[symbols."WTI"]\nallow_non_positive = true\n'
-    assert f"copy {kept / 'mt5.toml'} to mt5.toml" in said.stdout
-    assert (kept / "data" / "0" / "grafana.db").read_bytes() == b"dashboards"
-    assert (grafana / "grafana.db").read_bytes() == b"changed since"
-    assert f"{grafana} is in {kept / 'data' / '0'} now: there is something already" in said.stdout
-    # Where nothing stands in its way it goes back to where it was.
-    shutil.rmtree(grafana)
-    shutil.rmtree(system.home)
-    said = system.mt5("backup", "restore", "latest")
-    assert said.returncode == 0, said.stderr
-    assert (grafana / "grafana.db").read_bytes() == b"dashboards"
