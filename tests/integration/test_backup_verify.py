@@ -511,7 +511,7 @@ def test_a_disk_without_room_is_not_filled(made: Made, tmp_path: Path) -> None:
     check_room(tmp_path, made.manifest)
 
 
-async def test_messages_that_are_too_old_by_now_count_until_they_were_compared(
+async def test_a_stream_of_an_old_backup_comes_back_with_its_own_rules_and_counts_on(
     nats: NatsServer, tmp_path: Path
 ) -> None:
     bus = await Bus.connect(nats.url(OPERATOR), name="operator")
