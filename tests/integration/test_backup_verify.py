@@ -28,6 +28,8 @@ from actors.vault.crypt import seal
 from actors.vault.files import file_entry
 from actors.vault.make import make, silent, the_only_one, write_manifest
 from actors.vault.restore import NotRestored
+from actors.vault.snapshots import snapshot
+from actors.vault.streams_restore import StreamNotRestored, restore_stream
 from actors.vault.unpack import BadArchive, return_data, unpack
 from actors.vault.whole import bring_back
 from bus import topology
@@ -507,3 +509,28 @@ def test_a_disk_without_room_is_not_filled(made: Made, tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="make room"):
         check_room(tmp_path, msgspec.structs.replace(made.manifest, files=entries))
     check_room(tmp_path, made.manifest)
+
+
+async def test_a_stream_of_an_old_backup_comes_back_with_its_own_rules_and_counts_on(
+    nats: NatsServer, tmp_path: Path
+) -> None:
+    bus = await Bus.connect(nats.url(OPERATOR), name="operator")
+    try:
+        await bus.js.add_stream(name="OLD", subjects=["old.>"], max_age=1.0)
+        for _ in range(3):
+            await bus.js.publish("old.news", b"x")
+        taken = (await snapshot(bus, "OLD", tmp_path)).entry
+        assert (taken.messages, taken.last_seq) == (3, 3)
+        await bus.js.delete_stream("OLD")
+        await asyncio.sleep(1.1)  # they expire: it is time itself that is waited for
+        assert await restore_stream(bus, taken, tmp_path) == taken
+        with pytest.raises(StreamNotRestored, match="already in use"):
+            await restore_stream(bus, taken, tmp_path)
+        info = await bus.js.stream_info("OLD")
+        assert info.config.max_age == 1.0
+        async with asyncio.timeout(10):
+            while (await bus.js.stream_info("OLD")).state.messages:
+                await asyncio.sleep(0.05)
+        assert (await bus.js.publish("old.news", b"y")).seq == 4
+    finally:
+        await bus.close()
