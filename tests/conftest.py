@@ -16,6 +16,7 @@ from typing import NoReturn
 from urllib.parse import urlsplit
 
 import pytest
+import structlog
 from hypothesis import HealthCheck, settings
 
 from bus import logs, topology
@@ -37,6 +38,7 @@ settings.register_profile(
 )
 settings.load_profile("here")
 logs.configure(Log())
+LOGGING = structlog.get_config()
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -53,6 +55,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return ORDER.index(room) if room in ORDER else len(ORDER)
 
     items.sort(key=rank)  # stable: the order within a room stays
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """A command that runs in this process quietens the log, and binds it to the stderr that it finds."""
+    yield
+    structlog.configure(**LOGGING)
 
 
 def missing(reason: str) -> NoReturn:

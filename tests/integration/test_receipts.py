@@ -210,8 +210,9 @@ async def live(life: Life, nats_url: str, pg_url: str, store: Store, home: Path)
         await life.put(eur[1401:1500], size=3)
         promoted = await life.ask(PROMOTE, version=retrained.version, reason="to be seen")
         assert (promoted.version, promoted.serving) == (retrained.version, True)
-        await life.put(eur[1500:1650], size=7)
+        await life.put(eur[1500:1649], size=7)
         await life.put([other(eur[1495]), other(eur[1510])])  # a bar of before the promotion, and one of after it
+        await life.settle(eur[1649])
         back = await life.ask(ROLLBACK, reason="seen")
         assert back.serving
         assert back.version != retrained.version

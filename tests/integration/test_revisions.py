@@ -21,7 +21,7 @@ from schema.messages import Candle
 from schema.settings import Features as FeatureSettings
 from schema.settings import Recorder as RecorderSettings
 from schema.settings import Settings
-from tests.builders import LIVE, TRUSTING, put, read_until, running, walk
+from tests.builders import LIVE, TRUSTING, kept, put, read_until, running, walk
 from tests.models import changed, files, release
 
 SETTINGS = Settings(
@@ -65,7 +65,7 @@ async def test_a_correction_500_bars_back_is_in_features_and_signals_within_a_se
         await put(bus, rows[:2_000], history=True)
         await put(bus, [*rows[2_000:2_099], *wrong, *rows[2_100:]], size=200)
         await until(archive, "SELECT count(*) FROM model_signals", 600)
-        before = (await bus.js.stream_info("SIGNALS")).state.messages
+        before = len(await kept(bus, SIGNALS))
         started = time.perf_counter()
         await put(bus, [rows[2_099]], size=1)
         found = await read_until(bus, SIGNALS, lambda s: len(s) == before + 501)
@@ -73,14 +73,14 @@ async def test_a_correction_500_bars_back_is_in_features_and_signals_within_a_se
         await until(archive, "SELECT count(*) FROM model_signals WHERE superseded_at IS NOT NULL", 501)
         assert await contents(archive) == undisturbed(rows)
         live = await archive.fetch("SELECT ts, id FROM model_signals WHERE superseded_at IS NULL ORDER BY ts")
-        kept = await archive.fetchrow("SELECT close, revision FROM candle_revisions")
+        old_bar = await archive.fetchrow("SELECT close, revision FROM candle_revisions")
         revision = await archive.fetchval("SELECT revision FROM market_data WHERE ts = $1", rows[2_099].ts)
     assert [r["ts"] for r in live] == [r.ts for r in rows[2_000:]]
     new = found[before:]
     old = {s.ts: s.id for s in found[:before]}
     assert [s.supersedes for s in new] == [old[s.ts] for s in new]
     assert {s.model_version for s in new} == {version}
-    assert (tuple(kept), revision) == ((rows[2_099].high, 0), 1)
+    assert (tuple(old_bar), revision) == ((rows[2_099].high, 0), 1)
     assert took < 1.0
 
 

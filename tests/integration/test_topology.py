@@ -25,6 +25,7 @@ NAMES = {
     "SIGNALS",
     "EVENTS",
     "REJECTS",
+    "PROBE",
     "KV_feature_state",
     "KV_clock",
     "KV_owners",
@@ -49,6 +50,8 @@ async def test_an_empty_server_lacks_everything_and_apply_is_idempotent(empty: B
         "emitter-0",
         "recorder-0",
         "scorer-0",
+        "health-0",
+        "backup-0",
     }
     assert await topology.apply(empty, Streams()) == missing
     assert await topology.diff(empty, Streams()) == []
