@@ -30,6 +30,14 @@ from bus.subjects import CANDLES, SIGNALS
 from schema.messages import Signal
 from tests.servers import ROOT, wait_until
 
+MARKET = (
+    "collector",
+    "features",
+    "emitter",
+    "recorder",
+    "trainer",
+    "scorer",
+)  # the candles' way, without who operates it
 READY_SECONDS = 60.0  # the promise of ten is held by one test; all others share the machine with their neighbours
 ARCHIVE_SECONDS = 90.0
 SENTINEL = "ZZZ"  # begins the symbols of the candles that `settle` sends
@@ -46,6 +54,7 @@ class System:
 
     folder: Path
     settings: dict[str, str] = field(default_factory=dict)
+    actors: tuple[str, ...] = ()  # these only; none: all
     process: subprocess.Popen[bytes] | None = None
     _sentinels: int = 0
 
@@ -80,7 +89,7 @@ class System:
         began = time.monotonic()
         with self.output.open("ab") as out:
             process = subprocess.Popen(
-                [sys.executable, "-m", "runner", *(words or ("up",))],
+                [sys.executable, "-m", "runner", *(words or ("up", *self.actors))],
                 cwd=self.folder,
                 env=environment(self.home, **self.settings),
                 stdout=out,

@@ -17,8 +17,8 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
     """Makes systems that are not started yet; at the module's end each is stopped and its logs are looked through."""
     made: list[System] = []
 
-    def new(**settings: str) -> System:
-        made.append(System(tmp_path_factory.mktemp("system"), settings))
+    def new(*actors: str, **settings: str) -> System:
+        made.append(System(tmp_path_factory.mktemp("system"), settings, actors))
         return made[-1]
 
     yield new

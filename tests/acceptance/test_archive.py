@@ -12,7 +12,7 @@ import talib
 
 from schema.timeframes import SECONDS
 from tests.acceptance.conftest import Make
-from tests.system import Bar, System, read_file
+from tests.system import MARKET, Bar, System, read_file
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -88,7 +88,7 @@ def test_a_file_is_archived_whole_with_talibs_features_and_a_repeat_changes_noth
 def test_a_repeat_after_a_restart_changes_nothing_either(make: Make, data: Path) -> None:
     # A restarted collector knows the newest bars only: what it takes a second time has no effect further on.
     name, symbol, timeframe, count = FILES[2]
-    system = make()
+    system = make(*MARKET)
     system.start()
     system.replay(data / name, symbol, timeframe)
     system.settle()

@@ -16,7 +16,7 @@ from schema.messages import Candle, FeatureRow
 from tests.acceptance.conftest import Make
 from tests.builders import LIVE
 from tests.servers import wait_until
-from tests.system import System, cut
+from tests.system import MARKET, System, cut
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.slow]
 
@@ -56,7 +56,7 @@ def check_whole(system: System, file: Path, symbol: str, timeframe: str) -> None
 def test_everything_is_killed_twice_in_the_middle_of_a_replay(make: Make, data: Path, tmp_path: Path) -> None:
     file, symbol = cut(data / "GBPUSD_M1_201202.csv", tmp_path / "blocks.csv", 0, BLOCKS), "GBPUSD"
     # The port stays, so that the terminal finds the gateway again, as an EA would.
-    system = make(MT5_GATEWAY_PORT=str(free_port()))
+    system = make(*MARKET, MT5_GATEWAY_PORT=str(free_port()))
     system.start()
     with system.running("replay", str(file), "--symbol", symbol, "--timeframe", "M1", "--speed", "0") as replay:
         for messages in (3, 8):

@@ -19,7 +19,7 @@ from actors.core.serving import ServedModel
 from schema.messages import Signal, SignalList
 from tests.acceptance.conftest import Make
 from tests.builders import LIVE
-from tests.system import System, cut
+from tests.system import MARKET, System, cut
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -62,7 +62,7 @@ def check_figures(verdict: dict[str, Any], manifest: Manifest) -> None:
 
 @pytest.fixture(scope="module")
 def trained(make: Make, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    system = make()
+    system = make(*MARKET)
     system.start()
     older = cut(data / FILE, tmp_path_factory.mktemp("data") / "older.csv", 0, BARS - NEWEST)
     said = system.replay(older, SYMBOL, "M1", "--history")
@@ -150,7 +150,7 @@ def test_the_newest_candles_have_one_signal_each_the_same_everywhere(trained: Tr
     assert "Traceback" not in system.logs()
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_a_training_on_the_whole_file_is_a_shadow_beside_the_one_that_serves(trained: Trained) -> None:
     system = trained.system
     system.replay(trained.file, SYMBOL, "M1", "--history")

@@ -23,8 +23,13 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(300)
+def test_named_benchmarks_print_their_lines() -> None:
+    made = run("--quick", "--json", "features", "prediction")
+    assert made.returncode in (0, 1), made.stderr
+    assert {figure["name"] for figure in json.loads(made.stdout)["figures"]} == {"features", "prediction"}
+
+
+@pytest.mark.torture
 def test_a_quick_run_prints_every_line() -> None:
     lacking = [name for name in NEEDED if find_spec(name) is None]
     if lacking:

@@ -15,7 +15,7 @@ from bus.forward import reach
 from bus.subjects import FEATURES
 from schema.messages import FeatureBlock
 from tests.builders import put, walk
-from tests.system import System
+from tests.system import MARKET, System
 from tests.torture.feed import BAR
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -41,7 +41,7 @@ def streams(system: System) -> Path:
 
 
 def test_an_older_store_is_refused_and_forward_is_the_way_out(tmp_path: Path) -> None:
-    system = System(tmp_path, {"MT5_FEATURES_SNAPSHOT_SECONDS": "0.2"})
+    system = System(tmp_path, {"MT5_FEATURES_SNAPSHOT_SECONDS": "0.2"}, MARKET)
     try:
         system.start()
         post(system, 0, 20)
@@ -101,7 +101,7 @@ async def test_a_stream_that_grows_while_it_is_asked_went_nowhere(bus: Bus) -> N
 
 def test_a_lost_nats_store_counts_on_behind_the_archive(tmp_path: Path) -> None:
     """The disk of nats-server is gone, the archive is not: corrections of what it holds must not be refused as old."""
-    system = System(tmp_path, {})
+    system = System(tmp_path, {}, MARKET)
     try:
         system.start()
         post(system, 0, 30)

@@ -31,6 +31,7 @@ from tests.servers import ROOT
 NOTICES = 4
 KILLS = 3
 SEEDS = 100
+CI_SEEDS = 30
 SHARE = 10  # of one test
 STAGES = ("EHLO", "MAIL", "RCPT", "DATA", "KEPT", "REPLIED", "moment", "queued", "committed")
 CERTAIN = set(STAGES) - {"REPLIED", "moment"}  # at those two the process may have ended before the signal comes
@@ -176,7 +177,10 @@ def tell_everything(folder: Path, seed: int, zygote: Zygote) -> Counter[str]:
     return kills
 
 
-@pytest.mark.parametrize("first", range(0, SEEDS, SHARE))
+@pytest.mark.parametrize(
+    "first",
+    [first if first < CI_SEEDS else pytest.param(first, marks=pytest.mark.torture) for first in range(0, SEEDS, SHARE)],
+)
 def test_kill_9_around_a_send_loses_nothing_in_a_hundred_seeds(tmp_path: Path, first: int, zygote: Zygote) -> None:
     kills: Counter[str] = Counter()
     for seed in range(first, first + SHARE):

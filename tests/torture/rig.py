@@ -24,12 +24,12 @@ from bus.client import Bus
 from deploy.server import free_port
 from tests import models as made_models
 from tests.servers import wait_until
-from tests.system import System
+from tests.system import MARKET, System
 from tests.torture.check import Report, check
 from tests.torture.feed import Feed
 
 PROGRESS_SECONDS = 90.0  # for candles to be acknowledged again after anything
-ISOLATED: Final = ("collector", "features", "emitter", "recorder", "trainer", "scorer")
+ISOLATED: Final = MARKET
 SERVERS: Final = ("nats-server", "postgres")
 # Snapshots often, so that kills fall between them and what follows; small streams, so that the store fits a small disk.
 SETTINGS: Final = {
@@ -120,7 +120,7 @@ class Rig:
         began = time.monotonic()
         try:
             made_models.trust(self.system.home)
-            self.system.start("up", "--isolate")
+            self.system.start("up", *ISOLATED, "--isolate")
             with self.feed:
                 self.feed.await_progress(200, PROGRESS_SECONDS)
                 yield self
@@ -181,7 +181,7 @@ class Rig:
     def kill_everything(self) -> None:
         self.system.kill()
         self.tally.done["kill -9 everything"] += 1
-        self.system.start("up", "--isolate")
+        self.system.start("up", *ISOLATED, "--isolate")
 
     def freeze(self, name: str, seconds: float) -> None:
         """SIGSTOP, and SIGCONT after a while: the process goes on as if nothing had been."""
@@ -238,14 +238,14 @@ class Rig:
         shutil.rmtree(aside, ignore_errors=True)
         for name in streams:
             shutil.copytree(store / name, aside / name)
-        self.system.start("up", "--isolate")
+        self.system.start("up", *ISOLATED, "--isolate")
         self.feed.await_progress(150, PROGRESS_SECONDS)
         self.system.kill()
         for name in streams:
             shutil.rmtree(store / name)
             shutil.copytree(aside / name, store / name)
         self.tally.done["tail lost"] += 1
-        self.system.start("up", "--isolate")
+        self.system.start("up", *ISOLATED, "--isolate")
 
     # --- the end ---------------------------------------------------------------------------------------------------
 

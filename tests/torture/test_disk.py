@@ -38,6 +38,7 @@ def test_a_full_disk_of_nats_server_is_refused_within_2_s_and_heals_within_60_s_
         rig.assert_clean()
 
 
+@pytest.mark.torture
 def test_a_full_disk_of_postgres_holds_nothing_up_and_is_made_good(tmp_path: Path, torture_seed: int) -> None:
     need_mounts()
     rig = Rig(tmp_path, torture_seed, "PostgreSQL's disk full")

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from tests.torture.disks import Disk, need_mounts
-from tests.torture.rig import PROGRESS_SECONDS, Rig
+from tests.torture.rig import ISOLATED, PROGRESS_SECONDS, Rig
 
 MEGABYTES = 320
 
@@ -24,7 +24,7 @@ def cut(rig: Rig, disk: Disk) -> None:
         server.kill()
     disk.restore(copy)
     rig.tally.done["power cut"] += 1
-    rig.system.start("up", "--isolate")
+    rig.system.start("up", *ISOLATED, "--isolate")
 
 
 def power_cuts(folder: Path, seed: int, cuts: int, **settings: str) -> None:

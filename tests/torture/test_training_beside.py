@@ -15,7 +15,7 @@ import pytest
 from bus.consume import Reader
 from bus.subjects import SIGNALS
 from tests.builders import walk
-from tests.system import System
+from tests.system import MARKET, System
 from tests.torture.rig import TALLIES, Tally
 
 SYMBOLS = ("EURUSD", "GBPUSD")
@@ -80,7 +80,7 @@ def test_a_training_on_fifty_thousand_rows_leaves_signals_as_fast(tmp_path: Path
     tally = Tally("a training on 50,000 rows beside a live feed", torture_seed)
     TALLIES.append(tally)
     began = time.monotonic()
-    system = System(tmp_path, {})
+    system = System(tmp_path, {}, MARKET)
     try:
         system.start()
         rows = walk(ROWS)
