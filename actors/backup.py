@@ -25,7 +25,7 @@ from actors.vault.make import folder_of
 from actors.vault.places import Kept, LocalPlace, PlaceFailed
 from actors.vault.work import BackupRequest, BackupVerdict, Run
 from bus.subjects import BACKUP_RUN
-from bus.supervise import ConfigurationError, Context, run_tasks, serve
+from bus.supervise import ConfigurationError, Context, run_tasks, serve, withdraw
 from bus.telemetry import (
     backup_bytes_gauge,
     backup_made_gauge,
@@ -94,7 +94,7 @@ class Backup:
             )
         finally:
             if self._bus.connected:
-                await service.stop()
+                await withdraw(service)
 
     # --- requests ------------------------------------------------------------------------------------------------
 

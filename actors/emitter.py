@@ -7,7 +7,6 @@ serves, it is stored before the version speaks, and a replay reads it back. ``cr
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -27,7 +26,7 @@ from bus.client import BusUnavailable, Outgoing, outgoing
 from bus.consume import Delivery, Done, Outcome, Reader, StreamReplaced, consume, find, last_message
 from bus.fence import Fence
 from bus.subjects import CANDLE, CANDLES, FEATURES, FEATURES_AT, MODELS, RECEIVED_AT, SIGNAL_AGAIN, SIGNALS
-from bus.supervise import Context, run_tasks, serve
+from bus.supervise import Context, run_tasks, serve, withdraw
 from bus.telemetry import cursor_lag, cursor_lag_seconds, signal_seconds, signals_total, trace_headers
 from bus.topology import model_name
 from bus.writer import KnownId, Superseded, Writer, store_batch
@@ -117,8 +116,7 @@ class Emitter:
                     )
                 finally:
                     forget()
-                    with contextlib.suppress(NatsError):
-                        await service.stop()
+                    await withdraw(service)
 
     # --- start-up --------------------------------------------------------------------------------------------------
 

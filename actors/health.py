@@ -43,7 +43,7 @@ from bus.client import BusUnavailable
 from bus.consume import Reader, StreamReplaced
 from bus.store import Store
 from bus.subjects import ALERTS, HEALTH_CHECK, SEND_REPORT, TEST_ALERT
-from bus.supervise import ConfigurationError, Context, run_tasks, serve
+from bus.supervise import ConfigurationError, Context, run_tasks, serve, withdraw
 from schema.health import CheckResult, Notice
 
 POOL: Final = 4  # connections to PostgreSQL: the checks of it run side by side
@@ -152,8 +152,7 @@ class Health:
                 )
             finally:
                 if self._bus.connected:
-                    with contextlib.suppress(NatsError):
-                        await service.stop()
+                    await withdraw(service)
 
     async def _stores(self, stack: contextlib.AsyncExitStack) -> tuple[Store | None, Store | None]:
         """The direct connection, and PgBouncer's where that is another."""

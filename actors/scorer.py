@@ -8,14 +8,12 @@ up to, and published just before: what a crash leaves published and not stored i
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import ClassVar, Final
 
-from nats.errors import Error as NatsError
 from nats.js.api import Header
 from nats.js.errors import NotFoundError
 
@@ -36,7 +34,7 @@ from bus.consume import Outcome as ConsumeOutcome
 from bus.patience import Patience
 from bus.store import Store
 from bus.subjects import MODELS, OUTCOMES, SCORECARD
-from bus.supervise import ConfigurationError, Context, run_tasks, serve
+from bus.supervise import ConfigurationError, Context, run_tasks, serve, withdraw
 from bus.telemetry import cursor_lag, cursor_lag_seconds, outcomes_total, outcomes_void_total, trace_headers
 from bus.writer import Writer
 from schema.messages import ModelEvent
@@ -100,8 +98,7 @@ class Scorer:
                     )
                 finally:
                     if self._bus.connected:
-                        with contextlib.suppress(NatsError):
-                            await service.stop()
+                        await withdraw(service)
         finally:
             await self._store.close()
 

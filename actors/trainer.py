@@ -42,7 +42,7 @@ from bus.client import BusUnavailable
 from bus.consume import Reader, consume, last_message
 from bus.store import Row, Store, StoreRejected, StoreUnavailable
 from bus.subjects import MODELS, TRAIN
-from bus.supervise import ConfigurationError, Context, run_tasks, serve
+from bus.supervise import ConfigurationError, Context, run_tasks, serve, withdraw
 from bus.topology import model_name
 from schema.timeframes import SECONDS, canonical
 
@@ -109,7 +109,7 @@ class Trainer:
                     )
                 finally:
                     if self.bus.connected:
-                        await service.stop()
+                        await withdraw(service)
         finally:
             await self._store.close()
 

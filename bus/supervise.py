@@ -17,7 +17,7 @@ from nats.micro.request import Request
 from nats.micro.service import EndpointConfig, Service, ServiceConfig
 
 from bus.client import Bus, BusTooOld, BusUnavailable
-from bus.consume import Failing, StreamReplaced
+from bus.consume import DRAIN_BUDGET, Failing, StreamReplaced
 from bus.forward import WentBackwards
 from bus.ownership import Ownership, OwnershipLost
 from bus.status import Process, Standing, answer
@@ -29,6 +29,7 @@ BACKOFF_FIRST: Final = 0.2
 BACKOFF_MAX: Final = 10.0
 HEALTHY_AFTER: Final = 30.0  # seconds of running after which the backoff starts anew
 WITHDRAW_SECONDS: Final = 2.0  # for a failed actor's service to go
+CANCEL_AGAIN: Final = DRAIN_BUDGET + 1.0  # a batch in hand has had its time by then
 STOP_BUDGET: Final = 6.0  # all actors together; the whole `up` has 10 s
 VERSION: Final = "0.1.0"
 
@@ -102,7 +103,11 @@ async def serve(bus: Bus, actor: str, description: str, endpoints: Mapping[str, 
 
 
 async def run_tasks(tasks: Mapping[str, Coroutine[Any, Any, None]]) -> None:
-    """Owns an actor's named tasks: one that ends or fails stops the others and is raised."""
+    """Owns an actor's named tasks: one that ends or fails stops the others and is raised.
+
+    nats-py swallows a cancellation that meets one of its flushes, as right after a reconnect: who is not done after
+    :data:`CANCEL_AGAIN` is cancelled once more, or an actor would wait for ever for a task that does not know of its end.
+    """
     running = {asyncio.create_task(task, name=name) for name, task in tasks.items()}
     try:
         done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -112,9 +117,17 @@ async def run_tasks(tasks: Mapping[str, Coroutine[Any, Any, None]]) -> None:
             f"task {', '.join(sorted(t.get_name() for t in done))} ended although it should run for ever"
         )
     finally:
+        left = running
+        while left:
+            for task in left:
+                task.cancel()
+            _, left = await asyncio.wait(left, timeout=CANCEL_AGAIN)
+            if left:
+                names = ", ".join(sorted(task.get_name() for task in left))
+                structlog.get_logger(__name__).warning("cancelled once more", action="supervise.cancel", tasks=names)
         for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+            if not task.cancelled():
+                task.exception()  # was told, or is of no interest behind the first one
 
 
 async def _run_actor(
@@ -177,9 +190,14 @@ async def _run_actor(
 async def _withdraw(bus: Bus, service: Service | None) -> None:
     """A failed actor is no service; its connection stays until the next try, to answer how it is."""
     if service is not None:
-        with contextlib.suppress(NatsError, TimeoutError):
-            async with asyncio.timeout(WITHDRAW_SECONDS):
-                await service.stop()
+        await withdraw(service)
+
+
+async def withdraw(service: Service) -> None:
+    """Makes a service be none any more, within :data:`WITHDRAW_SECONDS`: NATS may be away, or come back in this moment."""
+    with contextlib.suppress(NatsError, TimeoutError):
+        async with asyncio.timeout(WITHDRAW_SECONDS):
+            await service.stop()
 
 
 async def _work(actor: type[Actor], ctx: Context) -> None:

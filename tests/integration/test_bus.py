@@ -18,7 +18,7 @@ from nats.aio.msg import Msg
 from structlog.testing import capture_logs
 
 from bus import consume as consuming
-from bus import topology
+from bus import supervise, topology
 from bus.client import Bus, BusUnavailable, Outgoing, outgoing
 from bus.consume import (
     POISON_TRIES,
@@ -35,7 +35,7 @@ from bus.consume import (
     last_message,
 )
 from bus.subjects import CANDLES, FEATURES, REJECTS
-from bus.supervise import serve
+from bus.supervise import run_tasks, serve
 from deploy.embedded import NatsServer
 from deploy.server import free_port
 from schema.messages import Candle, CandleBlock, FeatureBlock, Reject
@@ -705,3 +705,23 @@ async def test_a_first_connection_that_is_cancelled_leaves_nothing_behind(nats: 
         assert asyncio.all_tasks() == before
     else:  # it was quicker
         await bus.close()
+
+
+async def test_a_task_that_swallows_its_cancellation_keeps_no_actor_from_its_restart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """nats-py does so where a cancellation meets one of its flushes."""
+    monkeypatch.setattr(supervise, "CANCEL_AGAIN", 0.05)
+
+    async def fails() -> None:
+        raise BusUnavailable("gone")
+
+    async def deaf() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        await asyncio.Event().wait()
+
+    with capture_logs() as logs, pytest.raises(BusUnavailable, match="gone"):
+        async with asyncio.timeout(10):
+            await run_tasks({"fails": fails(), "deaf": deaf()})
+    assert [line["tasks"] for line in logs if line["action"] == "supervise.cancel"] == ["deaf"]

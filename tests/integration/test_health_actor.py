@@ -176,6 +176,7 @@ async def test_nats_goes_and_comes_and_the_monitor_does_not_fall(
     from deploy.embedded import NatsServer
 
     assert isinstance(nats, NatsServer)
+    began = datetime.now(UTC)
     with mail_server() as mailbox:
         settings = settings_of(tmp_path, mailbox)
         async with running(Health, nats_url=nats_url, database_url=pg_url, settings=settings):
@@ -192,6 +193,7 @@ async def test_nats_goes_and_comes_and_the_monitor_does_not_fall(
                 await until(lambda: any("nats" in subject for subject in subjects(mailbox)), "a mail without NATS")
                 nats.start()
                 await until(lambda: now_is("nats.publish", "ok") and now_is("nats", "ok"), "NATS is back")
+                # On a busy machine one check sees it before the other, which the same incident then takes in.
+                assert len([one for one in journal.incidents(began) if "nats" in one.checks]) == 1
             finally:
                 journal.close()
-        assert sum("nats" in subject for subject in subjects(mailbox)) <= 2
