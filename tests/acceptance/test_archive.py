@@ -53,7 +53,10 @@ def compare_features(rows: list[Any], bars: list[Bar], timeframe: str) -> None:
         np.testing.assert_allclose(found, want, rtol=1e-9, atol=0, err_msg=name)
 
 
-@pytest.mark.parametrize(("name", "symbol", "timeframe", "count"), FILES)
+@pytest.mark.parametrize(
+    ("name", "symbol", "timeframe", "count"),
+    [FILES[0], pytest.param(*FILES[1], marks=pytest.mark.torture), FILES[2]],
+)
 def test_a_file_is_archived_whole_with_talibs_features_and_a_repeat_changes_nothing(
     system: System, data: Path, name: str, symbol: str, timeframe: str, count: int
 ) -> None:
