@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, Protocol
 
@@ -117,17 +117,25 @@ async def run_tasks(tasks: Mapping[str, Coroutine[Any, Any, None]]) -> None:
             f"task {', '.join(sorted(t.get_name() for t in done))} ended although it should run for ever"
         )
     finally:
-        left = running
-        while left:
-            for task in left:
-                task.cancel()
-            _, left = await asyncio.wait(left, timeout=CANCEL_AGAIN)
-            if left:
-                names = ", ".join(sorted(task.get_name() for task in left))
-                structlog.get_logger(__name__).warning("cancelled once more", action="supervise.cancel", tasks=names)
         for task in running:
-            if not task.cancelled():
-                task.exception()  # was told, or is of no interest behind the first one
+            task.cancel()
+        again = asyncio.create_task(_cancel_again(running), name="cancel-again")
+        try:
+            # Whoever cancels us meanwhile cancels them once more, and still finds nothing of theirs left behind.
+            await asyncio.gather(*running, return_exceptions=True)
+        finally:
+            again.cancel()
+
+
+async def _cancel_again(tasks: Collection[asyncio.Task[None]]) -> None:
+    """Until somebody ends it."""
+    while True:
+        await asyncio.sleep(CANCEL_AGAIN)
+        late = [task for task in tasks if not task.done()]
+        names = ", ".join(sorted(task.get_name() for task in late))
+        structlog.get_logger(__name__).warning("cancelled once more", action="supervise.cancel", tasks=names)
+        for task in late:
+            task.cancel()
 
 
 async def _run_actor(

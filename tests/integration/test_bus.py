@@ -725,3 +725,29 @@ async def test_a_task_that_swallows_its_cancellation_keeps_no_actor_from_its_res
         async with asyncio.timeout(10):
             await run_tasks({"fails": fails(), "deaf": deaf()})
     assert [line["tasks"] for line in logs if line["action"] == "supervise.cancel"] == ["deaf"]
+
+
+async def test_whoever_stops_an_actor_twice_finds_nothing_of_it_left() -> None:
+    """A gateway that still listened would keep the next one from its port."""
+    ended = asyncio.Event()
+    began = asyncio.Event()
+
+    async def slow() -> None:
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            for _ in range(2):  # the second cancellation comes while it ends
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.sleep(0.2)
+            ended.set()
+
+    task = asyncio.create_task(run_tasks({"slow": slow()}))
+    await began.wait()
+    task.cancel()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ended.is_set()
