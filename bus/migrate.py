@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import asyncpg
 
+from bus.direct import NotConnected, connect_direct
 from schema.load import mask_url
 from schema.sql import Migration, migrations, queries
-
-CONNECT_TIMEOUT: Final = 10.0
 
 
 class MigrationError(Exception):
@@ -86,13 +85,9 @@ def _refuse_newer(state: MigrationStatus) -> None:
 @asynccontextmanager
 async def _connected(url: str) -> AsyncIterator[Any]:
     try:
-        connection = await asyncpg.connect(url, timeout=CONNECT_TIMEOUT, statement_cache_size=0)
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError, ValueError) as error:
-        text = str(error).replace(url, mask_url(url)) or type(error).__name__
-        raise MigrationError(
-            f"PostgreSQL at {mask_url(url)} does not take our connection ({text}): check MT5_DATABASE_DIRECT_URL and that "
-            "the server runs."
-        ) from error
+        connection = await connect_direct(url)
+    except NotConnected as error:
+        raise MigrationError(str(error)) from error
     try:
         yield connection
     except (OSError, asyncpg.InterfaceError) as error:

@@ -16,7 +16,7 @@ from commands.places import bus_of, find, store_of
 from commands.settings import Loaded, read
 
 if TYPE_CHECKING:
-    from actors.core.daily import Daily
+    from actors.core.daily_facts import Daily
     from actors.health import ReportAnswer
     from actors.monitor.report import Sources
 

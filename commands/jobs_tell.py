@@ -14,13 +14,11 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from datetime import UTC, datetime
-from importlib.resources import files
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import structlog
 
-from actors.monitor.journal import FILE, Journal, JournalBroken
+from actors.monitor.journal import FILE, Delivery, Journal, JournalBroken
 from actors.monitor.outbox import Outbox, Sender
 from actors.monitor.senders import senders
 from commands.settings import Loaded
@@ -57,14 +55,14 @@ async def _tell(loaded: Loaded, notice: Notice) -> str:
             # The disk is full, say, which is a reason more to tell. It is sent now, or lost with this process.
             log.warning("the outbox cannot be written", action="job.unqueued", error=str(error))
             otherwise = "the outbox cannot be written either"
-            journal = stack.enter_context(closing(_in_memory(loaded.home)))
+            journal = stack.enter_context(closing(Journal.in_memory(loaded.home)))
             outbox = _queue(journal, ways, notice)
-        rows = _Rows(journal.connection, notice.id)
+        rows = _Rows(journal, notice.id)
         health = loaded.settings.health
         one_round = health.interval_seconds + health.timeout_seconds
-        if rows.newest_check() > began - ALIVE_ROUNDS * one_round:  # a monitor was alive lately
-            await _until(lambda: rows.sent() or rows.newest_check() > began, one_round)
-            if rows.newest_check() > began:  # and still is
+        if journal.newest_look() > began - ALIVE_ROUNDS * one_round:  # a monitor was alive lately
+            await _until(lambda: rows.sent() or journal.newest_look() > began, one_round)
+            if journal.newest_look() > began:  # and still is
                 await _until(rows.sent, SEND_SECONDS)
                 return rows.words("the monitor sends it as soon as it can")
             if rows.sent():
@@ -95,36 +93,29 @@ async def _until(condition: Callable[[], bool], seconds: float) -> None:
 
 
 class _Rows:
-    """One notice's rows of the outbox, and whether a monitor works beside."""
+    """What became of one notice, by each sender."""
 
-    def __init__(self, connection: sqlite3.Connection, notice: str) -> None:
-        self._connection = connection
+    def __init__(self, journal: Journal, notice: str) -> None:
+        self._journal = journal
         self._notice = notice
 
     def sent(self) -> bool:
-        return all(sent is not None for _, sent, _, _ in self._rows())
+        return all(one.sent_at is not None for one in self._deliveries())
 
     def settled(self) -> bool:
         """Sent by each sender, or refused by it for good."""
-        return all(sent is not None or refused for _, sent, refused, _ in self._rows())
+        return all(one.sent_at is not None or one.refused for one in self._deliveries())
 
     def words(self, otherwise: str) -> str:
-        waiting = [f"{sender} ({error or 'not tried yet'})" for sender, sent, _, error in self._rows() if sent is None]
-        told = [sender for sender, sent, _, _ in self._rows() if sent is not None]
+        found = self._deliveries()
+        waiting = [f"{one.sender} ({one.error or 'not tried yet'})" for one in found if one.sent_at is None]
+        told = [one.sender for one in found if one.sent_at is not None]
         if not waiting:
             return f"Told by {', '.join(told)}."
         return f"Not told yet by {', '.join(waiting)}: {otherwise}."
 
-    def newest_check(self) -> float:
-        """When a monitor last looked at anything, in epoch seconds; 0.0 where none ever has."""
-        (at,) = self._connection.execute("SELECT max(at) FROM checks").fetchone()
-        return float(at or 0.0)
-
-    def _rows(self) -> list[tuple[str, float | None, int, str]]:
-        rows: list[Any] = self._connection.execute(
-            "SELECT sender, sent_at, refused, error FROM outbox WHERE notice = ?", (self._notice,)
-        ).fetchall()
-        return rows
+    def _deliveries(self) -> list[Delivery]:
+        return self._journal.deliveries(self._notice)
 
 
 def _queue(journal: Journal, ways: Mapping[str, Sender], notice: Notice) -> Outbox:
@@ -132,9 +123,3 @@ def _queue(journal: Journal, ways: Mapping[str, Sender], notice: Notice) -> Outb
     with journal.transaction():
         outbox.enqueue([notice], datetime.now(UTC))
     return outbox
-
-
-def _in_memory(home: Path) -> Journal:
-    connection = sqlite3.connect(":memory:", isolation_level=None)
-    connection.executescript((files("schema") / "sql" / "health.sql").read_text("utf-8"))
-    return Journal(connection, home)

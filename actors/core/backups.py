@@ -30,18 +30,6 @@ HASH_SETTINGS: Final[dict[str, str]] = {
     "statement_timeout": "0",
 }
 
-# Which tables a backup counts and hashes: those that people made. Partitions are counted with their parent, what an
-# extension owns is its own affair, and TimescaleDB's chunks are rows of their hypertable.
-LIST_TABLES: Final = """
-SELECT n.nspname AS schema, c.relname AS name
-FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-WHERE c.relkind IN ('r', 'p') AND NOT c.relispartition AND c.relpersistence = 'p'
-  AND n.nspname <> 'information_schema' AND n.nspname NOT LIKE 'pg\\_%' AND n.nspname NOT LIKE '\\_timescaledb\\_%'
-  AND n.nspname NOT LIKE 'timescaledb\\_%'
-  AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e')
-ORDER BY 1, 2
-"""
-
 
 class Step(Struct, frozen=True, kw_only=True):
     """How far a backup is. Bytes; ``total`` is 0 where nobody knows it before."""
@@ -95,18 +83,6 @@ def split_table(name: str) -> tuple[str, str]:
     """The schema and the name of a table of a manifest; the inverse of :func:`table_name`."""
     schema, dot, table = name.partition(".")
     return (schema, table) if dot else ("public", name)
-
-
-def hash_query(schema: str, name: str) -> str:
-    """SQL for one row: ``rows``, and ``a`` and ``b``, from which :func:`content_hash` is made.
-
-    Each row's whole text is hashed twice with 64 bits, by the function that hash partitioning rests on and that therefore
-    never changes; the sums do not depend on the rows' order, and no two rows cancel each other out.
-    """
-    return (
-        "SELECT count(*) AS rows, coalesce(sum(hashtextextended(x, 0)), 0) AS a, "  # noqa: S608 - quoted above
-        f"coalesce(sum(hashtextextended(x, 1)), 0) AS b FROM (SELECT (r.*)::text AS x FROM {quoted(schema, name)} r OFFSET 0) s"
-    )
 
 
 def content_hash(a: int, b: int) -> str:

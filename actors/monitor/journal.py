@@ -11,7 +11,6 @@ import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -21,8 +20,11 @@ import structlog
 from actors.core.alerts import Incident
 from actors.core.health_stats import HOLD, CheckStats, Look, summarise
 from schema.health import CheckResult
+from schema.sql import health, health_queries
 
 log = structlog.get_logger(__name__)
+
+SQL: Final = health_queries()
 
 FILE: Final = "health_checks.db"
 RESERVE: Final = "health_checks.reserve"
@@ -46,6 +48,7 @@ class Delivery(NamedTuple):
     sent_at: float | None
     attempts: int
     error: str
+    refused: int = 0  # 1: it will not take this one
 
 
 class Journal:
@@ -91,7 +94,7 @@ class Journal:
         try:
             connection.execute("PRAGMA journal_mode = wal")
             connection.execute("PRAGMA synchronous = full")  # a notice that was promised outlives a power cut
-            connection.executescript((files("schema") / "sql" / "health.sql").read_text("utf-8"))
+            connection.executescript(health())
             made = cls(connection, home)
             made._reserve()
         except BaseException:
@@ -118,6 +121,13 @@ class Journal:
             raise JournalBroken(
                 f"{path} cannot be read ({error}): run this as the user who runs `mt5 up`, or see that user's log."
             ) from error
+        return cls(connection, home)
+
+    @classmethod
+    def in_memory(cls, home: Path) -> Journal:
+        """One that nobody finds again, for who cannot write the file."""
+        connection = sqlite3.connect(":memory:", isolation_level=None)
+        connection.executescript(health())
         return cls(connection, home)
 
     def close(self) -> None:
@@ -172,17 +182,16 @@ class Journal:
     def record(self, results: Iterable[CheckResult]) -> None:
         """Within the caller's transaction, as all that follows here."""
         self.connection.executemany(
-            'INSERT INTO checks (at, "check", status, value, unit, latency, message) VALUES (?, ?, ?, ?, ?, ?, ?)',
+            SQL["record_result"],
             [(r.at.timestamp(), r.check, r.status, r.value, r.unit, r.latency, r.message) for r in results],
         )
 
     def save_state(self, state: bytes) -> None:
-        self.connection.execute("INSERT OR REPLACE INTO alert_state (id, state) VALUES (1, ?)", (state,))
+        self.connection.execute(SQL["save_state"], (state,))
 
     def save_incidents(self, incidents: Iterable[Incident]) -> None:
         self.connection.executemany(
-            "INSERT OR REPLACE INTO incidents (incident, opened_at, closed_at, severity, title, checks)"
-            " VALUES (?, ?, ?, ?, ?, ?)",
+            SQL["save_incident"],
             [
                 (
                     one.id,
@@ -197,72 +206,59 @@ class Journal:
         )
 
     def set_place(self, name: str, value: str) -> None:
-        self.connection.execute("INSERT OR REPLACE INTO places (name, value) VALUES (?, ?)", (name, value))
+        self.connection.execute(SQL["set_place"], (name, value))
 
     def prune(self, now: datetime, keep_days: int) -> int:
         """Forgets what is older than ``keep_days`` and thins what is older than two; returns how many results went."""
         at = now.timestamp()
-        gone = self.connection.execute("DELETE FROM checks WHERE at < ?", (at - keep_days * DAY,)).rowcount
+        gone = self.connection.execute(SQL["forget_results"], (at - keep_days * DAY,)).rowcount
         begin, end = float(self.place(THINNED) or 0.0), at - WHOLE_DAYS * DAY
         if end > begin:
             gone += self.connection.execute(
-                """DELETE FROM checks WHERE rowid IN (
-                       SELECT rowid FROM (
-                           SELECT rowid, status, row_number() OVER (
-                               PARTITION BY "check", status, CAST(at / ? AS integer) ORDER BY at) AS n
-                           FROM checks WHERE at >= ? AND at < ?)
-                       WHERE n > 1 AND status IN ('ok', 'skipped'))""",
+                SQL["thin_results"],
                 (THIN_SECONDS, begin, end),
             ).rowcount
             self.set_place(THINNED, repr(end))
-        rows: int = self.connection.execute("SELECT count(*) FROM checks").fetchone()[0]
+        rows: int = self.connection.execute(SQL["count_results"]).fetchone()[0]
         if rows > MOST_ROWS:
-            gone += self.connection.execute(
-                "DELETE FROM checks WHERE rowid IN (SELECT rowid FROM checks ORDER BY at LIMIT ?)", (rows - MOST_ROWS,)
-            ).rowcount
-        self.connection.execute("DELETE FROM incidents WHERE closed_at < ?", (at - max(keep_days, 400) * DAY,))
+            gone += self.connection.execute(SQL["forget_oldest_results"], (rows - MOST_ROWS,)).rowcount
+        self.connection.execute(SQL["forget_incidents"], (at - max(keep_days, 400) * DAY,))
         return gone
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
     def state(self) -> bytes | None:
-        row = self.connection.execute("SELECT state FROM alert_state WHERE id = 1").fetchone()
+        row = self.connection.execute(SQL["state"]).fetchone()
         return None if row is None else bytes(row[0])
 
     def place(self, name: str) -> str | None:
-        row = self.connection.execute("SELECT value FROM places WHERE name = ?", (name,)).fetchone()
+        row = self.connection.execute(SQL["place"], (name,)).fetchone()
         return None if row is None else str(row[0])
 
     def checks(self) -> list[str]:
         """Every check that there is a result of, by name: one step of the index each, however many results."""
-        rows = self.connection.execute(
-            """WITH RECURSIVE names (name) AS (
-                   SELECT min("check") FROM checks
-                   UNION ALL
-                   SELECT (SELECT min("check") FROM checks WHERE "check" > name) FROM names WHERE name IS NOT NULL)
-               SELECT name FROM names WHERE name IS NOT NULL"""
-        )
+        rows = self.connection.execute(SQL["check_names"])
         return [str(name) for (name,) in rows]
+
+    def newest_look(self) -> float:
+        """When a monitor last looked at anything, in epoch seconds; 0.0 where none ever has."""
+        (at,) = self.connection.execute(SQL["last_look"]).fetchone()
+        return float(at or 0.0)
 
     def latest(self, names: Sequence[str] = ()) -> list[CheckResult]:
         """Each check's newest result; ``names`` are whole names or their beginnings, none: all."""
         found = []
         for check in self.checks():
             if matches(check, names):
-                found += self._results('WHERE "check" = ? ORDER BY at DESC LIMIT 1', (check,))
+                found += self._results(SQL["newest_result"], (check,))
         return found
 
     def results(self, check: str, since: datetime, until: datetime) -> list[CheckResult]:
         """One check's results, oldest first."""
-        return self._results(
-            'WHERE "check" = ? AND at >= ? AND at < ? ORDER BY at', (check, since.timestamp(), until.timestamp())
-        )
+        return self._results(SQL["results"], (check, since.timestamp(), until.timestamp()))
 
-    def _results(self, where: str, values: tuple[Any, ...]) -> list[CheckResult]:
-        rows = self.connection.execute(
-            f'SELECT at, "check", status, value, unit, latency, message FROM checks {where}',  # noqa: S608 - our own words
-            values,
-        )
+    def _results(self, sql: str, values: tuple[Any, ...]) -> list[CheckResult]:
+        rows = self.connection.execute(sql, values)
         return [
             CheckResult(
                 check=check,
@@ -284,12 +280,10 @@ class Journal:
             if not matches(check, names):
                 continue
             rows = self.connection.execute(
-                'SELECT at, status, value, latency FROM checks WHERE "check" = ? AND at >= ? AND at < ? ORDER BY at',
+                SQL["looks"],
                 (check, begin - HOLD, end),
             )
-            unit = self.connection.execute(
-                'SELECT unit FROM checks WHERE "check" = ? ORDER BY at DESC LIMIT 1', (check,)
-            ).fetchone()
+            unit = self.connection.execute(SQL["unit"], (check,)).fetchone()
             made = summarise(check, (Look(*row) for row in rows), since=begin, until=end, unit=unit[0])
             if made.count:
                 found.append(made)
@@ -298,8 +292,7 @@ class Journal:
     def incidents(self, since: datetime, until: datetime | None = None) -> list[Incident]:
         """Incidents that lasted into the period, newest first: those that still last are among them."""
         rows = self.connection.execute(
-            """SELECT incident, opened_at, closed_at, severity, title, checks FROM incidents
-               WHERE (closed_at IS NULL OR closed_at >= ?) AND opened_at < ? ORDER BY opened_at DESC, incident""",
+            SQL["incidents"],
             (since.timestamp(), (until or datetime.max.replace(tzinfo=UTC)).timestamp()),
         )
         return [
@@ -317,24 +310,19 @@ class Journal:
     def values(self, check: str, since: datetime) -> list[float]:
         """The values that a check has had, each as often as it was seen anew (the same one beat after beat counts once)."""
         rows = self.connection.execute(
-            """SELECT value FROM (
-                   SELECT at, value, lag(value) OVER (ORDER BY at) AS before FROM checks
-                   WHERE "check" = ? AND at >= ? AND value IS NOT NULL)
-               WHERE before IS NULL OR before <> value ORDER BY at""",
+            SQL["values"],
             (check, since.timestamp()),
         )
         return [float(value) for (value,) in rows]
 
     def deliveries(self, notice: str) -> list[Delivery]:
         """What each sender has made of a notice."""
-        rows = self.connection.execute(
-            "SELECT sender, sent_at, attempts, error FROM outbox WHERE notice = ? ORDER BY sender", (notice,)
-        )
+        rows = self.connection.execute(SQL["deliveries"], (notice,))
         return [Delivery(*row) for row in rows]
 
     def undelivered(self) -> tuple[int, float | None]:
         """How many notices wait for a sender, and when the oldest of them was queued, in epoch seconds."""
-        row = self.connection.execute("SELECT count(*), min(queued_at) FROM outbox WHERE sent_at IS NULL").fetchone()
+        row = self.connection.execute(SQL["undelivered"]).fetchone()
         return int(row[0]), row[1]
 
 

@@ -21,6 +21,9 @@ import structlog
 
 from bus.telemetry import notices_total, outbox_gauge
 from schema.health import Notice
+from schema.sql import health_queries
+
+SQL: Final = health_queries()
 
 PAUSE_FIRST: Final = 5.0  # seconds; doubles …
 PAUSE_MAX: Final = 15 * 60.0  # … to this, for ever
@@ -94,9 +97,7 @@ class Outbox:
         for notice in notices:
             body = msgspec.json.encode(notice)
             rows += [(notice.id, name, body, at) for name in self._senders]
-        self._connection.executemany(
-            "INSERT OR IGNORE INTO outbox (notice, sender, body, queued_at, next_at) VALUES (?, ?, ?, ?, 0)", rows
-        )
+        self._connection.executemany(SQL["enqueue"], rows)
         if rows:
             for (
                 wake
@@ -110,7 +111,7 @@ class Outbox:
         """
         self._stopping = False
         with self._connection:
-            self._connection.execute("UPDATE outbox SET next_at = 0 WHERE sent_at IS NULL")
+            self._connection.execute(SQL["try_all_now"])
         tasks = {asyncio.create_task(self._queue(name), name=f"outbox-{name}") for name in self._senders}
         forever = asyncio.create_task(asyncio.Event().wait(), name="outbox")  # what is left to do without any sender
         try:
@@ -144,11 +145,7 @@ class Outbox:
 
     def oldest(self) -> float | None:
         """When the oldest that a closed way holds back was queued, in epoch seconds; what was refused itself is no sign of one."""
-        names = list(self._senders)
-        (found,) = self._connection.execute(
-            f"SELECT min(queued_at) FROM outbox WHERE sent_at IS NULL AND refused = 0 AND sender IN ({_marks(names)})",  # noqa: S608
-            names,
-        ).fetchone()
+        (found,) = self._connection.execute(SQL["oldest_waiting"], (self._names(),)).fetchone()
         return None if found is None else float(found)
 
     def prune(self, now: datetime, keep_days: int) -> int:
@@ -158,14 +155,9 @@ class Outbox:
         returns how many rows went.
         """
         before = now.timestamp() - keep_days * 86_400.0
-        names = list(self._senders)
         own = not self._connection.in_transaction
-        gone = self._connection.execute("DELETE FROM outbox WHERE sent_at < ?", (before,)).rowcount
-        given_up = self._connection.execute(
-            f"""DELETE FROM outbox WHERE sent_at IS NULL AND queued_at < ?
-                AND (refused OR sender NOT IN ({_marks(names)})) RETURNING notice, sender, error""",  # noqa: S608
-            (before, *names),
-        ).fetchall()
+        gone = self._connection.execute(SQL["forget_sent"], (before,)).rowcount
+        given_up = self._connection.execute(SQL["give_up"], (before, self._names())).fetchall()
         if own:
             self._connection.commit()
         for notice, sender, error in given_up:
@@ -195,17 +187,13 @@ class Outbox:
 
     def _next(self, name: str, now: float) -> Waiting | None:
         """The oldest that was not refused, where it is due; else a refused one that is."""
-        head = self._row(name, "refused = 0")
+        head = self._row(SQL["head"], name)
         if head is not None:
             return head if _due(head.next_at, now, PAUSE_MAX) else None
-        return self._row(name, "refused AND (next_at <= ? OR next_at > ?)", now, now + PAUSE_REFUSED)
+        return self._row(SQL["refused_head"], name, now, now + PAUSE_REFUSED)
 
-    def _row(self, name: str, which: str, *values: float) -> Waiting | None:
-        found = self._connection.execute(
-            f"""SELECT notice, body, attempts, next_at FROM outbox
-                WHERE sender = ? AND sent_at IS NULL AND {which} ORDER BY rowid LIMIT 1""",  # noqa: S608
-            (name, *values),
-        ).fetchone()
+    def _row(self, sql: str, *values: str | float) -> Waiting | None:
+        found = self._connection.execute(sql, values).fetchone()
         return None if found is None else Waiting(*found)
 
     async def _try(self, name: str, row: Waiting, clock: Callable[[], float]) -> tuple[str, tuple[Any, ...]]:
@@ -231,7 +219,7 @@ class Outbox:
             # What a report showed is in the mailbox; here only what it was is kept.
             kept = msgspec.json.encode(msgspec.structs.replace(notice, html="", pictures={}))
             return (
-                "UPDATE outbox SET sent_at = ?, attempts = ?, error = ?, body = ? WHERE notice = ? AND sender = ?",
+                SQL["mark_sent"],
                 (clock(), attempts, (remark or "")[:ERROR_LENGTH], kept, row.notice, name),
             )
         pause = pause_after(attempts)
@@ -251,7 +239,7 @@ class Outbox:
             error=str(failure),
         )
         return (
-            "UPDATE outbox SET attempts = ?, next_at = ?, refused = ?, error = ? WHERE notice = ? AND sender = ?",
+            SQL["mark_failed"],
             (attempts, clock() + pause, failure.permanent, str(failure)[:ERROR_LENGTH], row.notice, name),
         )
 
@@ -271,19 +259,15 @@ class Outbox:
                     told = True
             await asyncio.sleep(LOOK_SECONDS)
 
+    def _names(self) -> str:
+        """The senders, as the queries take them."""
+        return msgspec.json.encode(list(self._senders)).decode()
+
     def _waiting(self) -> dict[str, int]:
-        found = dict(
-            self._connection.execute(
-                "SELECT sender, count(*) FROM outbox WHERE sent_at IS NULL GROUP BY sender"
-            ).fetchall()
-        )
+        found = dict(self._connection.execute(SQL["waiting"]).fetchall())
         return {name: int(found.get(name, 0)) for name in self._senders}
 
 
 def _due(next_at: float, now: float, longest: float) -> bool:
     """A time further away than any pause was written by a clock that has been set back since."""
     return next_at <= now or next_at > now + longest
-
-
-def _marks(values: list[str]) -> str:
-    return ", ".join("?" * len(values))

@@ -20,6 +20,7 @@ from actors.monitor.watch import Probe, result, words
 from bus.store import Row, Store, StoreUnavailable
 from schema.health import CheckResult, Status
 from schema.settings import Health
+from schema.sql import timescaledb_queries
 
 SLOW_SECONDS: Final = 2.0  # for an answer to SELECT 1
 CONNECTIONS: Final = 0.9  # share of max_connections in use
@@ -33,12 +34,6 @@ WRAP_WARNING: Final = 500_000_000  # transactions since the oldest frozen row; a
 WRAP_CRITICAL: Final = 1_500_000_000
 MAINTAINED_WITHIN: Final = timedelta(hours=50)  # two nights
 AHEAD: Final = timedelta(days=7)  # that partitions must reach into the future
-# TimescaleDB's own jobs (compression, retention) that failed last. No named query: those are understood by any PostgreSQL.
-POLICIES: Final = """
-SELECT j.job_id, j.proc_name AS name
-FROM timescaledb_information.jobs AS j JOIN timescaledb_information.job_stats AS s USING (job_id)
-WHERE s.last_run_status = 'Failed' ORDER BY j.job_id LIMIT 20
-"""
 GROWTH: Final = "database.grown"
 FIRST_SEEN: Final = "database.first_seen"
 """Where the journal keeps the sizes of the last day, and since when there has been a monitor."""
@@ -186,7 +181,7 @@ class DatabaseProbes:
         within = self.settings.timeout_seconds
         if await store.fetchval("health_timescale", within=within):
             async with store.connection() as connection:
-                failed = await connection.fetch(POLICIES, timeout=within)
+                failed = await connection.fetch(timescaledb_queries()["failed_jobs"], timeout=within)
             if failed:
                 names = ", ".join(f"{row['name']} ({row['job_id']})" for row in failed)
                 way = "see timescaledb_information.job_errors"

@@ -28,7 +28,7 @@ from nats.js.errors import APIError
 
 from actors.core import daily as words
 from actors.core.alerts import Incident
-from actors.core.daily import (
+from actors.core.daily_facts import (
     Backups,
     Commit,
     Copy,

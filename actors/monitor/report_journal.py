@@ -13,10 +13,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final, NamedTuple, cast
 
-from actors.core.daily import SLOTS, Line, Look, Service, Watch, worst
+from actors.core.daily import SLOTS, worst
+from actors.core.daily_facts import Line, Look, Service, Watch
 from actors.core.health_stats import HOLD, CheckStats
 from actors.monitor.journal import Journal
 from schema.health import Status
+from schema.sql import health_queries
+
+SQL: Final = health_queries()
 
 BUSY_SECONDS: Final = 5.0
 MOST_INCIDENTS: Final = 50  # of a period, the newest
@@ -74,9 +78,7 @@ def watched(file: Path, since: datetime, until: datetime, interval: float) -> Wa
             absent=tuple(sorted({_label(check.name) for check in checks} - {_label(check.name) for check in looked})),
             covered=_covered(connection, start, end, interval),
             incidents=tuple(journal.incidents(since, until)[:MOST_INCIDENTS]),
-            waiting=connection.execute(
-                "SELECT count(*) FROM outbox WHERE sent_at IS NULL AND queued_at < ?", (end - LATE,)
-            ).fetchone()[0],
+            waiting=connection.execute(SQL["late"], (end - LATE,)).fetchone()[0],
         )
 
 
@@ -89,10 +91,8 @@ def history(file: Path, until: datetime) -> tuple[list[Line], list[Line]]:
     end = until.timestamp()
     with _reading(file) as connection:
         rows = connection.execute(
-            """SELECT "check", unit, CAST(at / ? AS INTEGER) * ? AS bin, avg(value) FROM checks
-            WHERE at >= ? AND at < ? AND value IS NOT NULL AND ("check" LIKE 'disk.%' OR "check" = 'database.size')
-            GROUP BY "check", unit, bin ORDER BY "check", bin""",
-            (BIN, BIN, end - MONTH, end),
+            SQL["room"],
+            (BIN, end - MONTH, end),
         ).fetchall()
     lines: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
     for check, unit, at, value in rows:
@@ -121,9 +121,7 @@ def queued(file: Path, notice: str) -> list[str]:
     if not file.is_file():
         return []
     with _reading(file) as connection:
-        return [
-            str(sender) for (sender,) in connection.execute("SELECT sender FROM outbox WHERE notice = ?", (notice,))
-        ]
+        return [one.sender for one in Journal(connection, file.parent).deliveries(notice)]
 
 
 @contextmanager
@@ -146,15 +144,12 @@ def _checks(
     width = (end - start) / SLOTS
     strips: dict[str, list[Look]] = {}
     for name, slot, look in connection.execute(
-        """SELECT "check", min(CAST((at - ?1) / ?3 AS INTEGER), ?4) AS slot,
-            max(CASE status WHEN 'critical' THEN 2 WHEN 'warning' THEN 1 WHEN 'ok' THEN 0 ELSE -1 END)
-        FROM checks WHERE at >= ?1 AND at < ?2 GROUP BY "check", slot""",
+        SQL["strips"],
         (start, end, width, SLOTS - 1),
     ):
         strips.setdefault(name, [-1] * SLOTS)[slot] = look
-    # Of a group with max(), SQLite takes the other columns from the row that has it.
     for name, status, message, _ in connection.execute(
-        'SELECT "check", status, message, max(at) FROM checks WHERE at >= ? AND at < ? GROUP BY "check" ORDER BY "check"',
+        SQL["last_of_each"],
         (start, end),
     ):
         one = stats[name]
@@ -221,17 +216,13 @@ def _label(group: str) -> str:
 
 def _covered(connection: sqlite3.Connection, start: float, end: float, interval: float) -> float:
     """The share of the period in which looks followed each other as they should, from the first look ever on."""
-    (first,) = connection.execute("SELECT min(at) FROM checks").fetchone()
+    (first,) = connection.execute(SQL["first_look"]).fetchone()
     if first is None or first >= end:
         return 0.0
     start = max(start, first)
     most = max(3 * interval, HOLD)
     (silent,) = connection.execute(
-        """SELECT coalesce(sum(gap), 0) FROM (
-            SELECT at - lag(at, 1, ?1) OVER (ORDER BY at) AS gap FROM (
-                SELECT at FROM checks WHERE at >= ?1 AND at < ?2 UNION ALL SELECT ?2
-            )
-        ) WHERE gap > ?3""",
+        SQL["silence"],
         (start, end, most),
     ).fetchone()
     return float(1 - min(silent, end - start) / (end - start))

@@ -14,7 +14,8 @@ from typing import Final
 
 from actors.core import daily as words
 from actors.core.alerts import Incident
-from actors.core.daily import DASH, Daily, Market, Models, Tone, Version
+from actors.core.daily import DASH, Tone
+from actors.core.daily_facts import Daily, Market, Models, Version
 from actors.monitor.report_pictures import LOOKS, MARKET, ROOM, SERVICES, SKILL
 
 PAPER, CARD, INK, MUTED, HAIR, RULE = "#f6f5f1", "#ffffff", "#1c1d21", "#5d6069", "#e4e2db", "#c9c8c2"

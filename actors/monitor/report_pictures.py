@@ -10,25 +10,21 @@ from __future__ import annotations
 import asyncio
 import io
 import math
-import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
-from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from actors.core.daily import Daily, Hour, Line, Look, Skill, UtcTime
+from actors.child import ChildDied, child
+from actors.core.daily_facts import Daily, Hour, Line, Look, Skill, UtcTime
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 DRAW_SECONDS: Final = 60.0  # for all of them; a machine that is busy takes three
-CHILD_NICE: Final = 10
 CACHE: Final = "cache/matplotlib"  # under the home: it lists the machine's fonts once, which takes seconds
 
 SERVICES, MARKET, SKILL, ROOM = "services", "market", "skill", "room"  # the pictures' names, and their content ids
@@ -107,35 +103,18 @@ async def draw(drawing: Drawing, home: Path) -> dict[str, bytes]:
     Raises:
         DrawingFailed: the process died, or took too long.
     """
-    spawn = multiprocessing.get_context("spawn")
-    receiver, sender = spawn.Pipe(duplex=False)
     job = msgspec.json.encode(msgspec.structs.replace(drawing, cache=str(home / CACHE)))
-    process = spawn.Process(target=_child, args=(sender, job), name="mt5-pictures", daemon=True)
-    await asyncio.to_thread(process.start)
-    sender.close()
     try:
-        async with asyncio.timeout(DRAW_SECONDS):
-            answer = await asyncio.to_thread(receiver.recv_bytes)
-        return msgspec.msgpack.decode(answer, type=dict[str, bytes])
-    except EOFError as error:
-        await asyncio.to_thread(process.join, 5.0)
-        raise DrawingFailed(f"The process that draws died (exit code {process.exitcode}).") from error
+        async with asyncio.timeout(DRAW_SECONDS), child(_child, job, name="mt5-pictures") as painter:
+            return msgspec.msgpack.decode(await painter.hear(), type=dict[str, bytes])
+    except ChildDied as error:
+        raise DrawingFailed(f"The process that draws died (exit code {error.exitcode}).") from error
     except TimeoutError as error:
         raise DrawingFailed(f"Drawing took longer than {DRAW_SECONDS:.0f} s.") from error
-    finally:
-        process.kill()
-        await asyncio.to_thread(process.join)
-        receiver.close()
 
 
-def _child(sender: connection.Connection, data: bytes) -> None:
+def _child(sender: Any, data: bytes) -> None:
     """The child's whole life: a drawing in, pictures out."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's to handle
-    threading.Thread(target=_die_with_parent, name="watch-parent", daemon=True).start()
-    if hasattr(os, "nice"):
-        os.nice(CHILD_NICE)
-    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[variable] = "1"
     drawing = msgspec.json.decode(data, type=Drawing)
     if drawing.cache and "MPLCONFIGDIR" not in os.environ:
         folder = Path(drawing.cache)
@@ -143,13 +122,6 @@ def _child(sender: connection.Connection, data: bytes) -> None:
             made.mkdir(mode=0o700, exist_ok=True)
         os.environ["MPLCONFIGDIR"] = drawing.cache
     sender.send_bytes(msgspec.msgpack.encode(paint_all(drawing)))
-
-
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
 
 
 # --- in the child ------------------------------------------------------------------------------------------------

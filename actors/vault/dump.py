@@ -16,9 +16,11 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 import asyncpg
 
-from actors.core.backups import HASH_SETTINGS, LIST_TABLES, choose_bin, content_hash, hash_query, table_name
+from actors.core.backups import HASH_SETTINGS, choose_bin, content_hash, quoted, table_name
+from bus.direct import NotConnected, connect_direct
 from schema.backup import TableEntry
 from schema.load import mask_url
+from schema.sql import queries, table_content
 
 CONNECT_SECONDS: Final = 10.0
 LOOK_SECONDS: Final = 0.25  # how often it is seen how far pg_dump is
@@ -150,13 +152,9 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 async def direct_connection(url: str) -> AsyncIterator[Any]:
     """One connection to PostgreSQL itself; what fails on it is told as DumpFailed."""
     try:
-        connection = await asyncpg.connect(url, timeout=CONNECT_SECONDS, statement_cache_size=0)
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError, ValueError) as error:
-        text = str(error).replace(url, mask_url(url)) or type(error).__name__
-        raise DumpFailed(
-            f"PostgreSQL at {mask_url(url)} does not take our connection ({text}): check MT5_DATABASE_DIRECT_URL and that the "
-            "server runs."
-        ) from error
+        connection = await connect_direct(url)
+    except NotConnected as error:
+        raise DumpFailed(str(error)) from error
     try:
         yield connection
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
@@ -193,7 +191,7 @@ async def dump(
         major = int(described.server.partition(".")[0])
         _, folder = choose_bin(bins, major)
         program = Path(folder) / "pg_dump"
-        snapshot = await connection.fetchval("SELECT pg_export_snapshot()")
+        snapshot = await connection.fetchval(queries()["backup_snapshot"])
         version = await program_version(program)
         words = (
             "--format=custom",
@@ -232,26 +230,24 @@ async def dump(
 async def table_entries(connection: Any) -> tuple[TableEntry, ...]:
     """Rows and content hash of every table, as the transaction that is open on ``connection`` sees them."""
     for name, value in HASH_SETTINGS.items():
-        await connection.execute("SELECT set_config($1, $2, true)", name, value)
-    found: Sequence[Any] = await connection.fetch(LIST_TABLES)
+        await connection.execute(queries()["backup_setting"], name, value)
+    found: Sequence[Any] = await connection.fetch(queries()["backup_tables"])
     entries = []
     for table in found:
-        row = await connection.fetchrow(hash_query(table["schema"], table["name"]))
+        row = await connection.fetchrow(table_content(quoted(table["schema"], table["name"])))
         content = content_hash(int(row["a"]), int(row["b"]))
         entries.append(TableEntry(name=table_name(table["schema"], table["name"]), rows=row["rows"], content=content))
     return tuple(entries)
 
 
 async def _describe(connection: Any) -> Database:
-    server = await connection.fetchval("SELECT current_setting('server_version')")
-    timescaledb = await connection.fetchval("SELECT extversion FROM pg_extension WHERE extname = 'timescaledb'")
-    size = await connection.fetchval("SELECT pg_database_size(current_database())")
+    found = await connection.fetchrow(queries()["backup_server"])
     migration, newest = "", None
-    if await connection.fetchval("SELECT to_regclass('schema_migrations') IS NOT NULL"):
-        migration = await connection.fetchval("SELECT coalesce(max(version), '') FROM schema_migrations")
-    if await connection.fetchval("SELECT to_regclass('market_data') IS NOT NULL"):
-        newest = await connection.fetchval("SELECT max(received_at) FROM market_data")
-    return Database(server, timescaledb, migration, int(size), newest)
+    if found["migrated"]:
+        migration = await connection.fetchval(queries()["backup_migration"])
+    if found["has_candles"]:
+        newest = await connection.fetchval(queries()["backup_newest"])
+    return Database(found["server"], found["timescaledb"], migration, int(found["size"]), newest)
 
 
 async def program_version(program: Path) -> str:

@@ -13,20 +13,9 @@ from actors.core.backups import NoPrograms, choose_bin
 from actors.vault.dump import DumpFailed, direct_connection, libpq_environment, run_program, table_entries
 from schema.backup import MANIFEST, BackupManifest, TableEntry
 from schema.load import mask_url
+from schema.sql import queries, timescaledb_queries
 
 JOBS: Final = min(4, os.cpu_count() or 1)
-
-# Whatever came with no extension: what a database that is to be restored into must not hold.
-_SOMETHING: Final = """
-SELECT n.nspname || '.' || o.name FROM (
-    SELECT oid, 'pg_class'::regclass AS class, relname AS name, relnamespace AS namespace FROM pg_class
-    UNION ALL
-    SELECT oid, 'pg_proc'::regclass, proname, pronamespace FROM pg_proc
-) o JOIN pg_namespace n ON n.oid = o.namespace
-WHERE n.nspname NOT LIKE 'pg\\_%' AND n.nspname <> 'information_schema'
-  AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.objid = o.oid AND d.classid = o.class AND d.deptype = 'e')
-ORDER BY o.class DESC, 1 LIMIT 1
-"""
 
 
 class NotRestored(Exception):
@@ -48,7 +37,7 @@ async def refuse_full(url: str) -> None:
     """Raises NotEmpty where the database holds anything, NotRestored where it does not answer."""
     try:
         async with direct_connection(url) as connection:
-            found = await connection.fetchval(_SOMETHING)
+            found = await connection.fetchval(queries()["backup_stranger"])
     except DumpFailed as error:
         raise NotRestored(str(error)) from error
     if found is not None:
@@ -100,7 +89,7 @@ async def restore_database(
         finally:
             if timescaledb is not None:
                 async with direct_connection(url) as connection:
-                    await connection.execute("SELECT timescaledb_post_restore()")
+                    await connection.execute(timescaledb_queries()["after_restore"])
         if code != 0 and timescaledb is None:
             raise NotRestored(f"pg_restore failed on {dump.name} ({said or f'exit code {code}'}).", dump.name)
         async with direct_connection(url) as connection:
@@ -116,7 +105,7 @@ async def _begin_timescaledb(connection: Any, version: str) -> None:
         raise NotRestored(f"{version!r} is no version of TimescaleDB: the manifest is damaged.", MANIFEST)
     try:
         await connection.execute(f"CREATE EXTENSION IF NOT EXISTS timescaledb VERSION '{version}'")
-        await connection.execute("SELECT timescaledb_pre_restore()")
+        await connection.execute(timescaledb_queries()["before_restore"])
     except asyncpg.PostgresError as error:
         raise NotRestored(
             f"The backup needs TimescaleDB {version}, which this server does not give ({error}): install and preload that "

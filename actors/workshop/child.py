@@ -1,24 +1,17 @@
-"""A training in a process of its own: lower priority, one thread, and it dies with its parent.
-
-scikit-learn is imported in the child alone, so that its memory goes with it.
-"""
+"""A training in a process of its own, which alone imports scikit-learn."""
 
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
-import os
 import platform
-import signal
-import threading
 from collections.abc import Awaitable, Callable
 from hashlib import sha256
-from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from actors.child import ChildDied, child
 from actors.core.manifest import ONNX_FILE, PICKLE_FILE, PREDICTIONS_FILE
 from actors.core.verdicts import Progress
 from actors.workshop.files import write
@@ -27,7 +20,6 @@ if TYPE_CHECKING:
     from actors.core.figures import Champion
 
 RUN_BUDGET: Final = 3_600.0  # seconds of one training
-CHILD_NICE: Final = 10
 
 
 class Bars(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,40 +80,26 @@ async def run_child(job: Job, tell: Callable[[Progress], Awaitable[None]]) -> Re
     Raises:
         RunFailed: the child died or took longer than the budget.
     """
-    spawn = multiprocessing.get_context("spawn")
-    receiver, sender = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=_child, args=(sender, msgspec.json.encode(job)), name="mt5-training", daemon=True)
-    process.start()
-    sender.close()
     try:
-        async with asyncio.timeout(RUN_BUDGET):
+        async with (
+            asyncio.timeout(RUN_BUDGET),
+            child(_child, msgspec.json.encode(job), name="mt5-training") as training,
+        ):
             while True:
-                message = _FROM_CHILD.decode(await asyncio.to_thread(receiver.recv_bytes))
+                message = _FROM_CHILD.decode(await training.hear())
                 if isinstance(message, Result):
                     return message
                 await tell(Progress(stage=message.stage, done=message.done))
-    except EOFError as error:
-        await asyncio.to_thread(process.join, 5.0)
+    except ChildDied as error:
         raise RunFailed(
-            f"the training process died (exit code {process.exitcode}): if memory is short, lower [trainer] max_rows."
+            f"the training process died (exit code {error.exitcode}): if memory is short, lower [trainer] max_rows."
         ) from error
     except TimeoutError as error:
         raise RunFailed(f"it took longer than {RUN_BUDGET:.0f} s: lower [trainer] max_rows or trees.") from error
-    finally:
-        process.kill()
-        await asyncio.to_thread(process.join)
-        receiver.close()
 
 
-def _child(sender: connection.Connection, data: bytes) -> None:
+def _child(sender: Any, data: bytes) -> None:
     """The child's whole life: rows in, artifacts and a report out."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's to handle
-    threading.Thread(target=_die_with_parent, name="watch-parent", daemon=True).start()
-    if hasattr(os, "nice"):
-        os.nice(CHILD_NICE)
-    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[variable] = "1"  # before numpy comes in: the other core is the hot path's
-
     from actors.core import dataset, training  # only here: scikit-learn's memory stays in this process
     from actors.core.forest import TrainOptions
 
@@ -163,10 +141,3 @@ def _champion(serving: Serving) -> tuple[Champion | None, str]:
     if sha256(graph).hexdigest() != serving.sha256:
         return None, f"{serving.version} was not compared: its {ONNX_FILE} here is not the one its manifest names."
     return Champion(serving.version, graph, serving.feature_set, serving.symbols, serving.last_ts), ""
-
-
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)

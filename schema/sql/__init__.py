@@ -1,4 +1,7 @@
-"""The texts of the schema, its migrations and every named query, read once from the installed package."""
+"""The texts of the schema, its migrations and every named query, read once from the installed package.
+
+The archive's are PostgreSQL's; ``health.sql`` and ``health_queries.sql`` are the SQLite of the monitor's journal.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +28,30 @@ def schema() -> str:
     return _read("schema.sql")
 
 
-@cache
 def queries() -> dict[str, str]:
     """Each ``-- name: x`` section of queries.sql, comments and closing semicolon taken off."""
-    _, *parts = _NAME.split(_read("queries.sql"))
-    names, bodies = parts[0::2], parts[1::2]
-    if len(set(names)) != len(names):
-        raise ValueError("queries.sql names a query twice")
-    return {name: _statement(name, body) for name, body in zip(names, bodies, strict=True)}
+    return _named("queries.sql")
+
+
+def timescaledb_queries() -> dict[str, str]:
+    """The same of timescaledb.sql: only a server with the extension understands them."""
+    return _named("timescaledb.sql")
+
+
+def table_content(table: str) -> str:
+    """SQL for one row of a table's quoted name: ``rows``, and the sums ``a`` and ``b`` of its rows' hashes."""
+    return _named("table_content.sql")["table_content"].replace("{table}", table)
+
+
+@cache
+def health() -> str:
+    """The journal's tables as one script, which changes nothing where they are."""
+    return _read("health.sql")
+
+
+def health_queries() -> dict[str, str]:
+    """The journal's named queries."""
+    return _named("health_queries.sql")
 
 
 @cache
@@ -41,6 +60,15 @@ def migrations() -> tuple[Migration, ...]:
     folder = files(__package__) / "migrations"
     found = [entry for entry in folder.iterdir() if entry.name.endswith(".sql")]
     return tuple(sorted(Migration(entry.name.removesuffix(".sql"), entry.read_text("utf-8")) for entry in found))
+
+
+@cache
+def _named(file: str) -> dict[str, str]:
+    _, *parts = _NAME.split(_read(file))
+    names, bodies = parts[0::2], parts[1::2]
+    if len(set(names)) != len(names):
+        raise ValueError(f"{file} names a query twice")
+    return {name: _statement(name, body) for name, body in zip(names, bodies, strict=True)}
 
 
 def _statement(name: str, body: str) -> str:

@@ -863,3 +863,50 @@ SELECT at, action, by, reason
 FROM model_decisions
 WHERE model_name = $1 AND version = $2
 ORDER BY at, id;
+
+-- --- backups -----------------------------------------------------------------------------------------------------
+
+-- name: backup_snapshot
+SELECT pg_export_snapshot();
+
+-- What the text of a row depends on, for the transaction that hashes.
+-- name: backup_setting
+SELECT set_config($1, $2, true);
+
+-- Whatever the database holds: ours may not be there yet.
+-- name: backup_server
+SELECT current_setting('server_version') AS server,
+    (SELECT extversion FROM pg_extension WHERE extname = 'timescaledb') AS timescaledb,
+    pg_database_size(current_database()) AS size,
+    to_regclass('schema_migrations') IS NOT NULL AS migrated,
+    to_regclass('market_data') IS NOT NULL AS has_candles;
+
+-- name: backup_migration
+SELECT coalesce(max(version), '') FROM schema_migrations;
+
+-- name: backup_newest
+SELECT max(received_at) FROM market_data;
+
+-- Which tables a backup counts and hashes: those that people made. Partitions are counted with their parent, what an
+-- extension owns is its own affair, and TimescaleDB's chunks are rows of their hypertable.
+-- name: backup_tables
+SELECT n.nspname AS schema, c.relname AS name
+FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+WHERE c.relkind IN ('r', 'p') AND NOT c.relispartition AND c.relpersistence = 'p'
+    AND n.nspname <> 'information_schema' AND n.nspname NOT LIKE 'pg\_%' AND n.nspname NOT LIKE '\_timescaledb\_%'
+    AND n.nspname NOT LIKE 'timescaledb\_%'
+    AND NOT EXISTS (
+        SELECT FROM pg_depend AS d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e'
+    )
+ORDER BY 1, 2;
+
+-- Anything that somebody has put into the database; nothing where it is empty.
+-- name: backup_stranger
+SELECT n.nspname || '.' || o.name FROM (
+    SELECT oid, 'pg_class'::regclass AS class, relname AS name, relnamespace AS namespace FROM pg_class
+    UNION ALL
+    SELECT oid, 'pg_proc'::regclass, proname, pronamespace FROM pg_proc
+) AS o JOIN pg_namespace AS n ON n.oid = o.namespace
+WHERE n.nspname NOT LIKE 'pg\_%' AND n.nspname <> 'information_schema'
+    AND NOT EXISTS (SELECT FROM pg_depend AS d WHERE d.objid = o.oid AND d.classid = o.class AND d.deptype = 'e')
+ORDER BY o.class DESC, 1 LIMIT 1;

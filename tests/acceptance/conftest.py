@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.mailbox import Mailbox, mail_server
 from tests.system import System
 
 Make = Callable[..., System]
@@ -30,6 +31,22 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
         for folder in ("nats", "postgres"):
             shutil.rmtree(system.home / folder, ignore_errors=True)
     assert not refused
+
+
+@pytest.fixture(scope="module")
+def mailbox() -> Iterator[Mailbox]:
+    with mail_server() as box:
+        yield box
+
+
+def mailing(mailbox: Mailbox) -> dict[str, str]:
+    """Settings with which the owner's mails go there."""
+    return {
+        "MT5_NOTIFY_SMTP_HOST": "127.0.0.1",
+        "MT5_NOTIFY_SMTP_PORT": str(mailbox.port),
+        "MT5_NOTIFY_SMTP_SECURITY": "none",
+        "MT5_NOTIFY_SMTP_RECIPIENTS": "owner@example.org",
+    }
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from contextlib import closing
 from datetime import UTC, datetime
 from typing import Any
@@ -12,8 +11,8 @@ from typing import Any
 import pytest
 
 from actors.monitor.journal import Journal
-from tests.acceptance.conftest import Make
-from tests.mailbox import Mailbox, Received, mail_server
+from tests.acceptance.conftest import Make, mailing
+from tests.mailbox import Mailbox, Received
 from tests.servers import wait_until
 from tests.system import System
 
@@ -21,20 +20,8 @@ pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.fixture(scope="module")
-def mailbox() -> Iterator[Mailbox]:
-    with mail_server() as box:
-        yield box
-
-
-@pytest.fixture(scope="module")
 def system(make: Make, mailbox: Mailbox) -> System:
-    made = make(
-        MT5_NOTIFY_SMTP_HOST="127.0.0.1",
-        MT5_NOTIFY_SMTP_PORT=str(mailbox.port),
-        MT5_NOTIFY_SMTP_SECURITY="none",
-        MT5_NOTIFY_SMTP_RECIPIENTS="owner@example.org",
-        MT5_HEALTH_INTERVAL_SECONDS="1",
-    )
+    made = make(**mailing(mailbox), MT5_HEALTH_INTERVAL_SECONDS="1")
     made.start()
     return made
 

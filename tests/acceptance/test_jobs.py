@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
 
-from tests.acceptance.conftest import Make
-from tests.mailbox import Mailbox, mail_server
+from tests.acceptance.conftest import Make, mailing
+from tests.mailbox import Mailbox
 from tests.servers import wait_until
 from tests.system import System
 
@@ -16,20 +15,8 @@ pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture(scope="module")
-def mailbox() -> Iterator[Mailbox]:
-    with mail_server() as box:
-        yield box
-
-
-@pytest.fixture(scope="module")
 def system(make: Make, mailbox: Mailbox) -> System:
-    made = make(
-        MT5_NOTIFY_SMTP_HOST="127.0.0.1",
-        MT5_NOTIFY_SMTP_PORT=str(mailbox.port),
-        MT5_NOTIFY_SMTP_SECURITY="none",
-        MT5_NOTIFY_SMTP_RECIPIENTS="owner@example.org",
-        MT5_HEALTH_INTERVAL_SECONDS="2",
-    )
+    made = make(**mailing(mailbox), MT5_HEALTH_INTERVAL_SECONDS="2")
     made.start()
     return made
 

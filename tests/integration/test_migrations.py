@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import sqlite3
 from typing import Any
 
 import asyncpg
 import pytest
 
 from bus.migrate import MigrationError, migrate, status
-from schema.sql import Migration, migrations, queries, schema
+from schema.sql import Migration, health, health_queries, migrations, queries, schema
 from schema.timeframes import TIMEFRAMES
 
 CATALOGUE = {
@@ -83,6 +85,18 @@ async def test_every_query_is_understood_by_the_schema(pg_url: str) -> None:
             assert await connection.prepare(sql), name
     finally:
         await connection.close()
+
+
+def test_every_query_of_the_journal_is_understood_by_its_tables() -> None:
+    connection = sqlite3.connect(":memory:")
+    connection.executescript(health())
+    for name, sql in health_queries().items():
+        assert connection.execute(f"EXPLAIN {sql}", [None] * _parameters(sql)).fetchall(), name
+
+
+def _parameters(sql: str) -> int:
+    numbered = [int(n) for n in re.findall(r"\?(\d)", sql)]
+    return max(numbered, default=sql.count("?"))
 
 
 async def test_migrating_again_does_nothing(pg_empty_url: str) -> None:

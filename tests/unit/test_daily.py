@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from actors.core import daily as words
 from actors.core.alerts import Incident
-from actors.core.daily import (
+from actors.core.daily_facts import (
     Backups,
     Commit,
     Copy,
