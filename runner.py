@@ -383,6 +383,8 @@ def _inner(words: Sequence[str]) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """Imports and runs the chosen command; a coroutine runs on uvloop."""
+    import bus  # noqa: F401 - first of all: what is imported after it comes lean (bus/lean.py)
+
     module, _, name = args.handler.partition(":")
     handler: Callable[[argparse.Namespace], int | Coroutine[Any, Any, int]] = getattr(
         importlib.import_module(module), name

@@ -6,10 +6,12 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, Final, NoReturn, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import structlog
+from nats.aio import transport
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
 from nats.js import JetStreamContext
@@ -148,6 +150,8 @@ class Bus:
                 listener()
 
         server, user, password = _credentials(url)
+        if server.startswith(("ws://", "wss://")):
+            transport.aiohttp = import_module("aiohttp")  # type: ignore[attr-defined]  # which nats-py was kept from reading (bus/lean.py)
         # nats-py tries for ever, the first connection too: it is bounded here, and wrong credentials end it at once.
         nc = Client()
         connecting = asyncio.create_task(
