@@ -106,6 +106,27 @@ async def _give_up(nc: Client, connecting: asyncio.Task[None]) -> None:
         connecting.exception()  # heard of: nobody else asks
 
 
+class _Client(Client):
+    """nats-py where a write after the connection broke is an OSError, which it and everybody else knows how to take.
+
+    asyncio's own loop drops such a write without a word; uvloop raises RuntimeError, at which nats-py ends its reading
+    (and is deaf until its pings time out) or its closing, half done.
+    """
+
+    async def _flush_pending(self, force_flush: bool = False) -> Any:
+        try:
+            return await super()._flush_pending(force_flush)
+        except RuntimeError as error:
+            raise ConnectionResetError(str(error)) from error
+
+    async def _close(self, status: int, do_cbs: bool = True) -> None:
+        writer = getattr(self._transport, "_io_writer", None)
+        if not self.is_connected or (writer is not None and writer.is_closing()):
+            self._pending = []  # nobody takes it any more
+            self._pending_data_size = 0
+        await super()._close(status, do_cbs)
+
+
 class Bus:
     """A connection that reconnects for ever, and the few verbs that actors use."""
 
@@ -153,7 +174,7 @@ class Bus:
         if server.startswith(("ws://", "wss://")):
             transport.aiohttp = import_module("aiohttp")  # type: ignore[attr-defined]  # which nats-py was kept from reading (bus/lean.py)
         # nats-py tries for ever, the first connection too: it is bounded here, and wrong credentials end it at once.
-        nc = Client()
+        nc = _Client()
         connecting = asyncio.create_task(
             nc.connect(
                 server,

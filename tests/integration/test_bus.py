@@ -707,6 +707,37 @@ async def test_a_first_connection_that_is_cancelled_leaves_nothing_behind(nats: 
         await bus.close()
 
 
+async def test_a_connection_whose_server_is_gone_closes_whole_whatever_was_still_to_be_written(
+    nats: NatsServer,
+) -> None:
+    """It raised on the system's own loop, and left its tasks behind."""
+    before = asyncio.all_tasks()
+    other = await Bus.connect(nats.url(OPERATOR), name="other")
+
+    async def hear(msg: Msg) -> None:
+        raise AssertionError("nothing comes")
+
+    await other.nc.subscribe("said", cb=hear)
+    nats.stop()
+    await eventually(lambda: not other.connected)
+    await other.nc.publish("said", b"kept for the reconnect")
+    await other.close()
+    assert other.nc.is_closed
+    await eventually(lambda: asyncio.all_tasks() == before)
+
+
+async def test_a_write_into_a_broken_connection_is_an_unknown_and_mends_it(bus: Bus) -> None:
+    """The transport is closed and nobody has read that yet: where a RuntimeError came, reading ended for good."""
+    nc = bus.nc
+    nc._transport._io_writer.transport.abort()  # type: ignore[union-attr]
+    nc._flusher_task.cancel()  # type: ignore[union-attr]  # as its first write would have ended it
+    await asyncio.wait({nc._flusher_task})  # type: ignore[type-var]
+    nc._status = nc.CONNECTED
+    await nc._send_command(b"PING\r\n")
+    with pytest.raises(OSError, match="closed"):
+        await nc._flush_pending()
+
+
 async def test_a_task_that_swallows_its_cancellation_keeps_no_actor_from_its_restart(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

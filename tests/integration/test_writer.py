@@ -130,11 +130,12 @@ async def test_a_killed_server_costs_nothing(bus: Bus, nats: NatsServer) -> None
             while await last_seq(bus) < round_ * 300:
                 await asyncio.sleep(0)
         assert nats.pid is not None
+        assert not task.done()
         os.kill(nats.pid, signal.SIGKILL)
         wait_until(lambda: nats.pid is None, 5, "the kill")
         nats.start()
         async with asyncio.timeout(20):
-            while not bus.connected:
+            while bus.nc.stats["reconnects"] < round_:  # for a moment the dead connection still calls itself connected
                 await asyncio.sleep(0.01)
     async with asyncio.timeout(60):
         await task
