@@ -58,10 +58,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=rank)  # stable: the order within a room stays
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """Tests run on the loop that the system runs on."""
-    return {"uvloop": uvloop.new_event_loop}
+OWN_LOOP = ("test_bus.py", "test_writer.py")  # where a broken connection behaves otherwise than on asyncio's own loop
+
+
+def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """These tests run on the loop that the system runs on."""
+    return {"loop": uvloop.new_event_loop if item.path.name in OWN_LOOP else asyncio.new_event_loop}
 
 
 @pytest.fixture(autouse=True)
