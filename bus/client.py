@@ -107,21 +107,14 @@ async def _give_up(nc: Client, connecting: asyncio.Task[None]) -> None:
 
 
 class _Client(Client):
-    """nats-py where a write after the connection broke is an OSError, which it and everybody else knows how to take.
+    """nats-py that closes whole while its server is away.
 
-    asyncio's own loop drops such a write without a word; uvloop raises RuntimeError, at which nats-py ends its reading
-    (and is deaf until its pings time out) or its closing, half done.
+    It writes what is left to a transport that is closed: asyncio's own loop drops that without a word, uvloop raises
+    RuntimeError, and subscriptions and callbacks are left as they were.
     """
 
-    async def _flush_pending(self, force_flush: bool = False) -> Any:
-        try:
-            return await super()._flush_pending(force_flush)
-        except RuntimeError as error:
-            raise ConnectionResetError(str(error)) from error
-
     async def _close(self, status: int, do_cbs: bool = True) -> None:
-        writer = getattr(self._transport, "_io_writer", None)
-        if not self.is_connected or (writer is not None and writer.is_closing()):
+        if not self.is_connected:
             self._pending = []  # nobody takes it any more
             self._pending_data_size = 0
         await super()._close(status, do_cbs)
@@ -172,7 +165,8 @@ class Bus:
 
         server, user, password = _credentials(url)
         if server.startswith(("ws://", "wss://")):
-            transport.aiohttp = import_module("aiohttp")  # type: ignore[attr-defined]  # which nats-py was kept from reading (bus/lean.py)
+            # Websockets need what bus/lean.py kept nats-py from reading.
+            transport.aiohttp = import_module("aiohttp")  # type: ignore[attr-defined]
         # nats-py tries for ever, the first connection too: it is bounded here, and wrong credentials end it at once.
         nc = _Client()
         connecting = asyncio.create_task(

@@ -726,18 +726,6 @@ async def test_a_connection_whose_server_is_gone_closes_whole_whatever_was_still
     await eventually(lambda: asyncio.all_tasks() == before)
 
 
-async def test_a_write_into_a_broken_connection_is_an_unknown_and_mends_it(bus: Bus) -> None:
-    """The transport is closed and nobody has read that yet: where a RuntimeError came, reading ended for good."""
-    nc = bus.nc
-    nc._transport._io_writer.transport.abort()  # type: ignore[union-attr]
-    nc._flusher_task.cancel()  # type: ignore[union-attr]  # as its first write would have ended it
-    await asyncio.wait({nc._flusher_task})  # type: ignore[type-var]
-    nc._status = nc.CONNECTED
-    await nc._send_command(b"PING\r\n")
-    with pytest.raises(OSError, match="closed"):
-        await nc._flush_pending()
-
-
 async def test_a_task_that_swallows_its_cancellation_keeps_no_actor_from_its_restart(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
