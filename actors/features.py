@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Final
 
 import msgspec
 from nats.errors import Error as NatsError
-from nats.js.errors import APIError, KeyNotFoundError, NoKeysError, NotFoundError
+from nats.js.errors import APIError, KeyNotFoundError, NotFoundError
 from nats.js.kv import KeyValue
 
 from actors.core.blocks import feature_blocks
@@ -167,16 +167,15 @@ class Features:
         return msgspec.json.decode(entry.value or b"{}", type=Cursor)
 
     async def _load_states(self, kv: KeyValue) -> dict[str, SeriesState]:
-        try:
-            keys = await kv.keys()
-        except NoKeysError:
-            return {}
         states: dict[str, SeriesState] = {}
         decoder = msgspec.json.Decoder(SeriesState)
-        for key in keys:
-            if key.startswith("cursor.") or key.count(".") > 1:
-                continue  # cursors, and checkpoints, which are read when they are needed
-            entry = await kv.get(key)
+        for key in await self.bus.keys(FEATURE_STATE, "*.*"):  # no checkpoints, which are read when they are needed
+            if key.startswith("cursor."):
+                continue
+            try:
+                entry = await kv.get(key)
+            except (KeyNotFoundError, NotFoundError):
+                continue  # deleted: it is rebuilt as if it had never been there
             state = decoder.decode(entry.value or b"")
             states[CANDLES.subject(state.timeframe, state.symbol)] = state
         return states

@@ -19,7 +19,7 @@ from nats.js.api import Header, PubAck
 from nats.js.errors import APIError, NotFoundError, ObjectNotFoundError
 
 from bus.acks import Acks, Answer
-from bus.subjects import MODEL_FILES, Channel
+from bus.subjects import MODEL_FILES, Channel, bucket_stream, bucket_subject
 from schema.messages import Message
 from schema.settings import Nats
 
@@ -220,6 +220,15 @@ class Bus:
         """Calls ``listener`` after every reconnect; returns the way to stop that."""
         self._reconnected.append(listener)
         return lambda: self._reconnected.remove(listener)
+
+    async def keys(self, bucket: str, pattern: str = ">") -> list[str]:
+        """The keys of a bucket, sorted, those of deleted values among them; ``pattern`` as of subjects. Raises nats' errors.
+
+        nats-py lists them by a watch, whose end can overtake its first message: now and then a full bucket seems empty.
+        """
+        subject = bucket_subject(bucket, pattern)
+        info = await self.js.stream_info(bucket_stream(bucket), subjects_filter=subject)
+        return sorted(found[len(bucket_subject(bucket, "")) :] for found in info.state.subjects or {})
 
     async def lost(self) -> NoReturn:
         """Waits until the connection is closed for good although nobody closed it.

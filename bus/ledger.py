@@ -13,7 +13,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import msgspec
 import structlog
 from nats.errors import Error as NatsError
-from nats.js.errors import APIError, KeyNotFoundError, KeyWrongLastSequenceError, NoKeysError
+from nats.js.errors import APIError, KeyDeletedError, KeyNotFoundError, KeyWrongLastSequenceError
 
 from bus.client import Bus, BusUnavailable
 from bus.subjects import CLOCK, key_token
@@ -101,9 +101,7 @@ class Ledgers:
         try:
             async with asyncio.timeout(LIST_WITHIN):
                 bucket = await self.bus.js.key_value(CLOCK)
-                keys = await bucket.keys()
-        except NoKeysError:
-            return {}
+                keys = await self.bus.keys(CLOCK)
         except (NatsError, APIError, TimeoutError) as error:
             raise BusUnavailable(f"NATS did not list the clock ledgers ({type(error).__name__}).") from error
         found = [await self._read(bucket, key) for key in keys]
@@ -120,7 +118,7 @@ class Ledgers:
     async def _read(self, bucket: Any, key: str) -> ClockLedger | None:
         try:
             entry = await bucket.get(key)
-        except KeyNotFoundError:
+        except (KeyNotFoundError, KeyDeletedError):
             return None
         except (NatsError, APIError, TimeoutError) as error:
             raise BusUnavailable(f"NATS did not read {key} ({type(error).__name__}).") from error
