@@ -164,7 +164,7 @@ class Scorer:
         """Brings the outcomes of the bars that were touched to what the archive says of them now."""
         touched = spans(read.touched)
         changes = await self._patience.insist(
-            lambda: self._archive.changes(touched, self._versions.shadows, time.monotonic())
+            lambda: self._archive.changes(touched, read.heard, self._versions.shadows, time.monotonic())
         )
         place = await self._publish((*changes.new, *changes.changed), read)
         dockets = self._judge.take(changes)

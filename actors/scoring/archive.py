@@ -46,10 +46,11 @@ class OutcomeArchive:
         self._points_until = 0.0
         self._facts: dict[tuple[str, str], Facts] = {}
 
-    async def changes(self, touched: Sequence[Span], shadows: Shadows, now: float) -> Changes:
+    async def changes(self, touched: Sequence[Span], heard: int, shadows: Shadows, now: float) -> Changes:
         """What is to be written so that the outcomes of these bars, and of the five before each, are right.
 
-        ``now`` is a monotonic time. Raises StoreUnavailable.
+        Signals of a CANDLES sequence behind ``heard`` wait until they are heard. ``now`` is a monotonic time.
+        Raises StoreUnavailable.
         """
         if not touched:
             return Changes((), (), ())
@@ -73,7 +74,7 @@ class OutcomeArchive:
         wanted: dict[str, Known] = {}
         for one in said:
             found = bars.get((one.symbol, one.timeframe, one.ts))
-            if found is not None:
+            if found is not None and (one.candles_seq <= heard or one.id in stored):
                 wanted[one.id] = score(one, found[1], self._cost(one.symbol))
         silent: dict[Bar, list[Known]] = {}  # what shadows said of a bar before
         for known in stored.values():

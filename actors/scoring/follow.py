@@ -82,9 +82,14 @@ class _Source:
 
 @dataclass(slots=True)
 class Read:
-    """What was read at a time: the bars that it touched, and each source's newest message."""
+    """What was read at a time: the bars that it touched, and each source's newest message.
+
+    Signals of a CANDLES sequence behind ``heard`` are still to be read: they are scored then, whatever of them the archive
+    holds by now, since they would overtake those between.
+    """
 
     touched: set[Bar] = field(default_factory=set)
+    heard: int = 0
     newest: dict[str, Delivery[Any]] = field(default_factory=dict)  # by the channel's prefix
     whole: dict[str, int] = field(default_factory=dict)  # the CANDLES sequence that is whole with it
 
@@ -104,6 +109,7 @@ class Follower:
         self._stack = AsyncExitStack()
         self._sources: list[_Source] = []
         self._whole = 0  # the CANDLES sequence up to which features were read
+        self._heard = 0  # and up to which signals were
 
     async def __aenter__(self) -> Self:
         try:
@@ -149,31 +155,42 @@ class Follower:
         for source in self._sources:
             prefix = source.channel.prefix
             before = len(out.touched)
+            limit, whole = limits.get(prefix, (0, 0))
             while len(out.touched) - before < BATCH_BARS:
-                delivery = await self._next(source, limits.get(prefix, 0))
+                delivery = await self._next(source, limit)
                 if delivery is None:
+                    # What the stream has lost of what was stored till then, or never had, is not to be waited for.
+                    if source.channel is SIGNALS:
+                        self._heard = max(self._heard, whole)
                     break
                 message = delivery.message
                 if source.channel is SIGNALS and message.candles_seq > self._whole:
                     source.held = delivery
+                    self._heard = max(self._heard, message.candles_seq - 1)
                     break
+                if source.channel is SIGNALS:
+                    self._heard = max(self._heard, message.candles_seq)
                 out.touched.update(source.touched(message))
                 out.newest[prefix] = delivery
                 if getattr(message, "part", 1) == getattr(message, "parts", 1):
                     out.whole[prefix] = max(out.whole.get(prefix, 0), message.candles_seq)
                     if source.channel is FEATURES:
                         self._whole = max(self._whole, message.candles_seq)
+        out.heard = self._heard
         return out
 
-    async def _limits(self) -> dict[str, int]:
-        """Up to where the recorder has stored each stream; nothing counts where it means another stream of that name."""
+    async def _limits(self) -> dict[str, tuple[int, int]]:
+        """Up to where the recorder has stored each stream, and the CANDLES sequence that is whole with it.
+
+        Nothing counts where it means another stream of that name.
+        """
         rows = await self._patience.insist(lambda: self._store.fetch("recorder_cursors"))
         created = {source.channel.prefix: source.created for source in self._sources}
         out = {}
         for row in rows:
             prefix = row["reader"].partition(".")[2]
             if created.get(prefix) == row["stream_created"]:
-                out[prefix] = int(row["stream_seq"])
+                out[prefix] = int(row["stream_seq"]), int(row["candles_seq"])
         return out
 
     async def _next(self, source: _Source, limit: int) -> Delivery[Any] | None:

@@ -500,7 +500,7 @@ ORDER BY ts;
 
 -- Up to where the archive holds the two streams.
 -- name: recorder_cursors
-SELECT reader, stream_seq, stream_created FROM cursors
+SELECT reader, candles_seq, stream_seq, stream_created FROM cursors
 WHERE reader IN ('recorder.features', 'recorder.signals') AND partition = 0;
 
 -- A bar's trade ends five bars later: what changes a bar may change the outcomes of the five before it.

@@ -41,7 +41,7 @@ from schema.settings import Features as FeatureSettings
 from schema.settings import Gateway, Settings, Symbol
 from schema.settings import Recorder as RecorderSettings
 from schema.settings import Scorer as ScorerSettings
-from tests.builders import LIVE, START, TRUSTING, put, read_until, running, walk
+from tests.builders import LIVE, START, TRUSTING, kept, put, read_until, running, walk
 from tests.models import changed, files, manifest_of, release, store
 from tests.system import read_file
 
@@ -193,6 +193,52 @@ async def test_outcomes_of_a_real_file_are_those_of_its_candles(
         )
     info = await bus.js.stream_info("EVENTS", subjects_filter="outcomes.>")
     assert info.state.subjects == {"outcomes.M1.EURUSD": len(known)}
+
+
+async def test_a_signal_that_was_archived_since_the_scorer_looked_does_not_overtake(
+    bus: Bus, nats_url: str, pg_url: str, archive: asyncpg.Connection
+) -> None:
+    """The recorder goes on between the scorer's look at its cursors and its look at the archive."""
+    rows = walk(FIRST + 400)
+    async with running(*CHAIN, nats_url=nats_url, database_url=pg_url, settings=SETTINGS):
+        await put(bus, rows[:FIRST], history=True)
+        await read_until(bus, FEATURES, lambda blocks: bool(blocks))
+        await serve(bus, archive, spoken(files()))
+        await put(bus, rows[FIRST:], size=10)
+        await read_until(bus, SIGNALS, lambda found: len(found) >= 400)
+        await until(archive, "SELECT count(*) FROM model_signals WHERE prob_up IS NOT NULL", 400)
+    first, second = rows[FIRST + 99].ts, rows[FIRST + 199].ts
+    last = {
+        "signals": [d for d in await kept(bus, SIGNALS) if d.message.ts <= first][-1],
+        "features": [d for d in await kept(bus, FEATURES) if d.message.rows[-1].ts <= second][-1],
+    }
+    ends = {
+        r["reader"]: (r["stream_seq"], r["candles_seq"])
+        for r in await archive.fetch("SELECT reader, stream_seq, candles_seq FROM cursors")
+    }
+
+    async def archived(reader: str, stream_seq: int, candles_seq: int) -> None:
+        sql = "UPDATE cursors SET stream_seq = $2, candles_seq = $3 WHERE reader = $1"
+        await archive.execute(sql, f"recorder.{reader}", stream_seq, candles_seq)
+
+    async def scored(reader: str, seq: int) -> None:
+        await until(archive, f"SELECT stream_seq >= {seq} FROM cursors WHERE reader = 'scorer.{reader}'", True)
+
+    await archive.execute("CREATE TABLE later AS SELECT * FROM model_signals")
+    await archive.execute("DELETE FROM model_signals WHERE ts > $1", first)
+    for reader, delivery in last.items():
+        await archived(reader, delivery.stream_seq, delivery.message.candles_seq)
+    async with running(Scorer, nats_url=nats_url, database_url=pg_url, settings=SETTINGS):
+        for reader, delivery in last.items():
+            await scored(reader, delivery.stream_seq)
+        async with archive.transaction():
+            await archive.execute("INSERT INTO model_signals SELECT * FROM later WHERE ts > $1", first)
+            await archived("features", *ends["recorder.features"])
+        await scored("features", ends["recorder.features"][0])
+        await archived("signals", *ends["recorder.signals"])
+        await settled(bus, archive)
+        stored = await archive.fetch("SELECT * FROM signal_outcomes ORDER BY seq")
+    in_order(stored, [row.ts for row in rows[FIRST:-5]])
 
 
 async def published(bus: Bus) -> list[tuple[str, Outcome]]:
