@@ -78,12 +78,15 @@ class Running:
 
     def child(self, *words: str) -> psutil.Process:
         """The one descendant whose command line has all of these words."""
-        (found,) = [
-            process
-            for process in psutil.Process(self.process.pid).children(recursive=True)
-            if all(word in process.cmdline() for word in words)
-        ]
-        return found
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(
+                psutil.NoSuchProcess
+            ):  # a program that ended meanwhile, or is still to be waited for
+                if all(word in process.cmdline() for word in words):
+                    found.append(process)
+        (one,) = found
+        return one
 
     def terminate(self, number: signal.Signals = signal.SIGTERM) -> float:
         """Asks for the stop and returns the seconds until the exit; the exit code must be 0."""
